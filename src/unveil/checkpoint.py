@@ -1,0 +1,121 @@
+"""Weights that describe themselves, and loading that says what is missing."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from unveil import __version__
+from unveil.config import Recipe, recipe_from_dict, to_dict
+from unveil.model import MaskedDiffusionAutoencoder
+
+FORMAT = "unveil-1"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a weights file says of itself beside its recipe.
+
+    ema: whether the weights are the running average of training. data: what it was trained on, as given by the user.
+    """
+
+    step: int
+    images_seen: int
+    ema: bool
+    data: str
+    command: str
+    version: str = __version__
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call write(temporary path) and move the result into place, so that a crash leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_weights(path: Path, recipe: Recipe, state: dict[str, Tensor], about: About) -> None:
+    """Write tensors with the recipe and what else is known of them as JSON in the file's own header."""
+    metadata = {"format": FORMAT, "recipe": json.dumps(to_dict(recipe)), "about": json.dumps(to_dict(about))}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that a user means by a run directory or a file."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise ValueError(f"{path} holds no {WEIGHTS}: it is no run directory, or nothing has been saved in it yet.")
+        return path / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Give a run directory or a .safetensors file.")
+    return path
+
+
+def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, ...]]]:
+    """Recipe, description and tensor shapes of a weights file, without reading the tensors."""
+    path = find_weights(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}). Is the file whole?") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} does not describe itself as {FORMAT} (format={metadata.get('format')!r}), so its recipe is unknown."
+        )
+    try:
+        recipe = recipe_from_dict(json.loads(metadata["recipe"]))
+        about = About(**json.loads(metadata["about"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a header that this version ({__version__}) cannot read: {error}") from None
+    return recipe, about, shapes
+
+
+def check_tensors(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a file that lacks tensors, holds others, or holds them in another shape, and say which."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        parts = sorted({name.split(".")[0] for name in missing})
+        under = f"all under {parts[0] + '.'!r}" if len(parts) == 1 else f"the first is {missing[0]!r}"
+        whole = {name for name in expected if name.split(".")[0] in parts} == set(missing)
+        hint = (
+            f"it lacks the whole {' and '.join(parts)}; only a file with all parts can be loaded."
+            if whole
+            else "the file is damaged or was written by other code; take another copy."
+        )
+        raise ValueError(f"Checkpoint {path} lacks {len(missing)} of {len(expected)} tensors ({under}): {hint}")
+    if extra:
+        raise ValueError(
+            f"Checkpoint {path} holds {len(extra)} tensors that its recipe does not have, as {extra[0]!r}."
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"Checkpoint {path} holds {name!r} as {found[name]}, but its recipe makes it {shape}.")
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
+    """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
+    recipe, about, found = read_header(path)
+    model = MaskedDiffusionAutoencoder(recipe)
+    file = find_weights(path)
+    check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
+    model.load_state_dict(safetensors.torch.load_file(file))
+    return model.to(device).eval(), about

@@ -1,0 +1,151 @@
+"""The command `unveil`: parsing and display only."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from unveil import __version__
+from unveil.config import nearest
+from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.info import Info, info
+from unveil.tasks.inpaint import Inpaint, inpaint
+from unveil.tasks.pretrain import Pretrain, pretrain
+from unveil.tasks.probe import Probe, probe
+from unveil.train import Progress
+
+Command = (
+    Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+COMMANDS = ("pretrain", "inpaint", "probe", "evaluate", "info")
+DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
+
+Pre-train on unlabelled pictures, repaint with the model, probe its features. `unveil COMMAND --help` explains a command.
+--json, after any command, makes the last line of stdout one JSON object; what is for people goes to stderr."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _with_bar(options: Pretrain) -> dict[str, Any]:
+    bar: tqdm[Any] | None = None
+
+    def show(progress: Progress) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=progress.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
+        bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s", refresh=False)
+        bar.update(progress.step - bar.n)
+
+    try:
+        return pretrain(options, show)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _tell_pretrain(result: dict[str, Any]) -> None:
+    state = "Finished" if result["finished"] else "Interrupted and saved; the same command goes on from here"
+    say(
+        f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen, "
+        f"loss {result['loss']:.4f}."
+    )
+    if result["skipped"]:
+        say(f"{result['skipped']} files could not be used; they are listed in {result['out']}/problems.jsonl.")
+    for note, count in result["converted"].items():
+        say(f"Converted {count} times: {note}.")
+    say(f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors.")
+
+
+def _tell_probe(result: dict[str, Any]) -> None:
+    labels = "all" if result["labels_per_class"] is None else f"{result['labels_per_class']} of each class"
+    say(f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples.")
+    say(f"{'features':<20}{'linear %':>10}{str(result['k']) + '-NN %':>10}")
+    for name, row in result["results"].items():
+        say(f"{name:<20}{row['linear']:>10.2f}{row['knn']:>10.2f}")
+
+
+def _tell_evaluate(result: dict[str, Any]) -> None:
+    say(f"{result['pictures']} pictures, mask {result['mask']}; PSNR inside the hole, mean over pictures:")
+    for name, value in result["psnr"].items():
+        say(f"  {name.replace('_', ' '):<14}{value:7.2f} dB")
+    if "std" in result:
+        say(f"Deviation between {result['num_samples']} samples: {result['std']:.3f} of the range.")
+        say(f"Sharpness (Laplacian energy of the samples over the truth's): {result['sharpness']:.2f}.")
+
+
+def _tell_inpaint(result: dict[str, Any]) -> None:
+    for notice in result["notices"]:
+        say(notice)
+    say(f"Repainted {len(result['pictures'])} picture(s) into {result['out']}; side by side in {result['sheet']}.")
+
+
+def _tell_info(result: dict[str, Any]) -> None:
+    recipe, about = result["recipe"], result["about"]
+    clip, branch = recipe["clip"], recipe["branch"]
+    total = sum(result["parameters"].values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
+    missing = result["missing_tensors"]
+    lines = {
+        "file": result["file"],
+        "recipe": f"{recipe['name']} {recipe['size']}, {branch['mask_ratio']:.0%} hidden ({branch['masking']}), "
+        f"noise on {branch['noise_on']}",
+        "can": ", ".join(result["can"]),
+        "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} pixels, "
+        f"patches of {clip['tubelet_size']} x {clip['patch_size']} x {clip['patch_size']}",
+        "target": f"{branch['target']}, {'patch-normalised' if branch['patch_norm'] else 'raw'} values",
+        "normalisation": f"mean {clip['mean']}, std {clip['std']}",
+        "parameters": f"{total:,} ({parts})",
+        "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for one masked clip, forward",
+        "trained on": about["data"],
+        "trained for": f"{about['step']:,} steps, {about['images_seen']:,} images",
+        "weights": "running average (EMA)" if about["ema"] else "as trained",
+        "command": about["command"],
+        "version": about["version"],
+        "complete": "yes" if not missing else f"no, {len(missing)} tensors are missing, the first is {missing[0]!r}",
+    }
+    for name, value in lines.items():
+        say(f"{name:<15}{value}")
+
+
+RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+    Pretrain: (_with_bar, _tell_pretrain),
+    Inpaint: (inpaint, _tell_inpaint),
+    Probe: (probe, _tell_probe),
+    Evaluate: (evaluate, _tell_evaluate),
+    Info: (info, _tell_info),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, print. User errors are one sentence on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        say(f"unveil: There is no command {words[0]!r}. {nearest(words[0], COMMANDS)}")
+        sys.exit(2)
+    options = tyro.cli(Command, prog="unveil", description=DESCRIPTION, args=words or ["--help"])  # type: ignore[arg-type]
+    run, tell = RUN[type(options)]
+    try:
+        result = run(options)
+    except (ValueError, OSError) as error:
+        say(f"unveil: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("unveil: interrupted")
+        sys.exit(130)
+    tell(result)
+    if as_json:
+        print(json.dumps(result))
+    if result.get("finished") is False:
+        sys.exit(130)

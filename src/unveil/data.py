@@ -1,0 +1,204 @@
+"""Samples and batches for training and evaluation: the same ones for every number of workers and every batch size.
+
+source = open_source("digits:train", channels=1)
+loader = batches(Samples(source, recipe.clip, seed, recipe.training), 256, epoch=0, seed=seed, ...)
+for epoch in range(epochs):
+    loader.batch_sampler.epoch = epoch
+    for batch in loader: ...
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from unveil import draws
+from unveil.config import Clip, Training
+from unveil.sources import BadPicture, Picture, Skipped, Source, open_source
+from unveil.transforms import augment, fit
+
+__all__ = [
+    "BadPicture",
+    "Batch",
+    "Order",
+    "Picture",
+    "Sample",
+    "Samples",
+    "Skipped",
+    "Source",
+    "batches",
+    "collate",
+    "decoded_bytes",
+    "open_source",
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip ready for a batch, or the reason why there is none.
+
+    clip: (C, T, H, W), float32 in [0, 1]; None if it could not be read.
+    label: class number, or -1.
+    """
+
+    index: int
+    clip: Tensor | None
+    label: int
+    problem: Skipped | None = None
+    note: str | None = None
+
+
+class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
+    """The readable samples of a batch, and what happened to the others.
+
+    indices: (B,), int64. clips: (B, C, T, H, W), float32 in [0, 1]; None if no sample was readable.
+    labels: (B,), int64, -1 where there is none. problems: the unreadable ones. notes: what was converted.
+    """
+
+    indices: Tensor
+    clips: Tensor | None
+    labels: Tensor
+    problems: list[Skipped]
+    notes: list[str]
+
+
+class Samples(Dataset[Sample]):
+    """The samples of a source at a clip's size, read by (epoch, index).
+
+    Args:
+        training: how to augment; None for evaluation, which centres and never draws.
+        cache: keep decoded pictures. Every worker process keeps its own, so it is meant for num_workers=0.
+    """
+
+    def __init__(self, source: Source, clip: Clip, seed: int, training: Training | None, cache: bool = False) -> None:
+        self.source = source
+        self.clip = clip
+        self.seed = seed
+        self.training = training
+        self.cache = cache
+        self._cached: dict[int, Picture] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, index: int) -> Picture:
+        picture = self._cached.get(index)
+        if picture is None:
+            picture = self.source.read(index)
+            shape, wanted = tuple(picture.values.shape[:2]), (self.clip.frames, self.clip.channels)
+            if shape != wanted:
+                raise ValueError(
+                    f"{self.source.name!r} gives (frames, channels)={shape}, but the clip has {wanted}. "
+                    "Open the source with the clip's channels and frames."
+                )
+            if self.cache:
+                self._cached[index] = picture
+        return picture
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        label = self.source.label(index)
+        label = -1 if label is None else label
+        try:
+            picture = self._read(index)
+        except BadPicture as bad:
+            return Sample(index, None, label, problem=Skipped(bad.where, bad.reason))
+        height, width = self.clip.height, self.clip.width
+        if self.training is None:
+            values = fit(picture.values, height, width)
+        else:
+            named = draws.key(self.seed, epoch, index, "augment")
+            values = augment(picture.values, height, width, self.training.crop_scale, self.training.flip, named)
+        scaled = values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+        return Sample(index, scaled.transpose(0, 1), label, note=picture.note)  # (C, T, H, W)
+
+
+def decoded_bytes(source: Source, num_tried: int = 16) -> int:
+    """Roughly how many bytes the decoded source takes, from its first readable samples; 0 if none of them is."""
+    sizes = []
+    for index in range(min(num_tried, len(source))):
+        try:
+            sizes.append(source.read(index).values.nbytes)
+        except BadPicture:
+            continue
+    return len(source) * sum(sizes) // len(sizes) if sizes else 0
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the readable samples; the others are listed in `problems`."""
+    good = [sample for sample in samples if sample.clip is not None]
+    return Batch(
+        indices=torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        clips=torch.stack([sample.clip for sample in good if sample.clip is not None]) if good else None,
+        labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
+        problems=[sample.problem for sample in samples if sample.problem is not None],
+        notes=[sample.note for sample in good if sample.note is not None],
+    )
+
+
+class Order(Sampler[list[tuple[int, int]]]):
+    """Which samples make which batch in an epoch, as (epoch, index); set `epoch` before each pass.
+
+    `first_batch` skips the batches before it, to go on in the middle of an epoch.
+
+    The last batch is dropped only if there is a whole one before it.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, epoch: int, seed: int, shuffle: bool, drop_last: bool
+    ) -> None:
+        self.num_samples, self.batch_size, self.epoch, self.seed = num_samples, batch_size, epoch, seed
+        self.shuffle = shuffle
+        self.first_batch = 0
+        self.drop_last = drop_last and num_samples >= batch_size
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = list(range(self.num_samples))
+        if self.shuffle:
+            order = torch.randperm(self.num_samples, generator=draws.generator(self.seed, epoch, "order")).tolist()
+        for batch in range(self.first_batch, len(self)):
+            yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+def batches(
+    samples: Samples,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A loader of `Batch`. For another epoch, set `loader.batch_sampler.epoch` and iterate again; workers stay alive.
+
+    Raises:
+        ValueError: a batch size below 1, or a number of workers that is negative or above the number of samples.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} was given; a batch has at least 1 sample.")
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} was given; use 0 to read in the main process, or more.")
+    if num_workers > len(samples):
+        raise ValueError(
+            f"{num_workers} workers for {len(samples)} samples leaves some with nothing to do. "
+            f"Use --workers {len(samples)} or fewer."
+        )
+    return DataLoader(
+        samples,
+        batch_sampler=Order(len(samples), batch_size, epoch, seed, shuffle, drop_last),
+        num_workers=num_workers,  # each runs torch on one thread, which is DataLoader's default
+        collate_fn=collate,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        # Otherwise every pass would draw a base seed for workers from the global generator.
+        generator=draws.generator(seed, "workers"),
+    )

@@ -1,0 +1,96 @@
+"""Arithmetic of probes and of repainting, each a named protocol."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
+    """Each dimension by the mean and deviation of the training features, (n, D), in float64."""
+    mean, std = train.double().mean(0), train.double().std(0)
+    return [(x.double() - mean) / (std + 1e-5) for x in (train, *others)]
+
+
+def ridge_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float) -> Tensor:
+    """Closed-form ridge regression to -1/+1 class targets on standardised features, with a bias that is not penalised.
+
+    Args:
+        train: (n, D), labels: (n,) in 0 .. num_classes - 1, test: (m, D).
+        l2: penalty on the mean squared error's scale: (X'X / n + l2 I) W = X'Y / n.
+
+    Returns:
+        (m,) predicted classes.
+    """
+    x, z = standardise(train, test)
+    y = F.one_hot(labels, num_classes).double() * 2 - 1
+    bias = y.mean(0)  # standardised features have mean 0, so the bias stands alone
+    gram = x.T @ x / len(x) + l2 * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x.T @ (y - bias) / len(x))
+    return (z @ weights + bias).argmax(1)
+
+
+def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: tuple[float, ...]) -> float:
+    """The penalty with the best accuracy on every fifth training row, fitted on the others; the first on a tie."""
+    held = torch.arange(len(train)) % 5 == 0
+    if held.sum() < num_classes or len(penalties) == 1:
+        return penalties[len(penalties) // 2]
+    scores = [
+        (ridge_predict(train[~held], labels[~held], train[held], num_classes, l2) == labels[held])
+        .double()
+        .mean()
+        .item()
+        for l2 in penalties
+    ]
+    return penalties[scores.index(max(scores))]
+
+
+def knn_predict(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float = 0.07
+) -> Tensor:
+    """Weighted nearest neighbours by cosine: each of the k nearest votes exp(similarity / temperature).
+
+    Wu et al. 2018, arXiv 1805.01978, as DINO's evaluation has it. Same shapes as `ridge_predict`.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predictions = []
+    for chunk in test.split(1024):
+        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64)
+        # minus 1 keeps the exponent in range and changes no order
+        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).double().exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Share of right answers, in percent."""
+    return 100 * (predictions == labels).double().mean().item()
+
+
+def hole_mse(painted: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    """Mean squared error over the repainted pixels of each clip, (B,) float64.
+
+    Args:
+        painted, truth: (B, C, T, H, W) in [0, 1].
+        hole: (B, T, H, W) bool, True = repainted.
+    """
+    inside = hole[:, None].expand_as(truth).double()
+    return ((painted.double() - truth.double()).square() * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Decibels for values in [0, 1]."""
+    return -10 * mse.log10()
+
+
+def laplacian_energy(clip: Tensor, hole: Tensor) -> Tensor:
+    """Mean square of the 4-neighbour Laplacian over the repainted pixels, (B,): how sharp a picture is."""
+    B, C, T, H, W = clip.shape
+    frames = F.pad(clip.transpose(1, 2).reshape(B * T, C, H, W).double(), (1, 1, 1, 1), mode="replicate")
+    centre = frames[..., 1:-1, 1:-1]
+    laplacian = (
+        frames[..., :-2, 1:-1] + frames[..., 2:, 1:-1] + frames[..., 1:-1, :-2] + frames[..., 1:-1, 2:] - 4 * centre
+    )
+    energy = laplacian.reshape(B, T, C, H, W).square().mean(2)  # (B, T, H, W)
+    inside = hole.double()
+    return (energy * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)

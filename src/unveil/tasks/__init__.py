@@ -1,0 +1,1 @@
+"""What the command line can do, each as a frozen dataclass of options and a function that returns plain values."""

@@ -1,0 +1,171 @@
+"""How good repainting is on held-out data: decibels in the hole, diversity and sharpness."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unveil import draws
+from unveil.checkpoint import load_model
+from unveil.data import Samples, batches, open_source
+from unveil.masking import center_tokens, random_mask
+from unveil.metrics import hole_mse, laplacian_energy, psnr
+from unveil.model import MaskedDiffusionAutoencoder
+from unveil.pipeline import Sampler, pixels_of, predict, repaint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score repainting on held-out pictures, inside the hole: the one-step prediction, several samples, their mean.
+
+    Example: unveil evaluate --run runs/digits --data digits:test --mask random:0.75
+    """
+
+    run: Path
+    """A run directory or a weights file."""
+    data: str
+    """Held-out pictures, as for pretrain."""
+    mask: str = "random:0.75"
+    """random:SHARE of the tokens, or center:SHARE of the area."""
+    limit: int = 256
+    """How many pictures, from the first on."""
+    num_samples: int = 8
+    """Samples for each hole."""
+    num_steps: int = 50
+    """Sampling steps."""
+    sampler: Sampler = "ddpm"
+    """ddpm, ancestral, or ddim, deterministic from its first noise."""
+    seed: int = 0
+    """Draws masks and noise."""
+    batch_size: int = 256
+    """Pictures at once; no effect on the result."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+def parse_mask(text: str) -> tuple[str, float]:
+    """'random:0.75' or 'center:0.25' as a name and a share; the share may be left out."""
+    name, _, share = text.partition(":")
+    default = {"random": 0.75, "center": 0.25}
+    if name not in default:
+        raise ValueError(f"--mask {text!r} is no mask: use random:SHARE or center:SHARE, as in random:0.75.")
+    try:
+        value = float(share) if share else default[name]
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ValueError(
+            f"--mask {text!r}: the share must be a number above 0 and below 1, as in {name}:{default[name]}."
+        )
+    return name, value
+
+
+def holes_for(model: MaskedDiffusionAutoencoder, mask: str, indices: list[int], seed: int) -> Tensor:
+    """The named mask for the samples with these indices, as pixels (B, T, H, W)."""
+    name, share = parse_mask(mask)
+    sizes = model.recipe.clip
+    if name == "center":
+        hidden = center_tokens(sizes.grid, share).expand(len(indices), -1)
+    else:
+        drawn = random_mask([draws.generator(seed, i, "evaluation mask") for i in indices], sizes.grid, share)
+        hidden = torch.zeros(len(indices), sizes.num_tokens, dtype=torch.bool).scatter(1, drawn.hidden, True)
+    return pixels_of(hidden, sizes.grid, sizes.patch_size, sizes.tubelet_size)
+
+
+def score(
+    model: MaskedDiffusionAutoencoder,
+    clips: Tensor,
+    holes: Tensor,
+    *,
+    num_samples: int,
+    num_steps: int,
+    sampler: Sampler,
+    seed: int,
+    first_index: int = 0,
+) -> dict[str, Tensor]:
+    """Per-picture figures of one batch, (B,) each; MSE in the hole, values in [0, 1].
+
+    mean_fill: the hole filled with the visible pixels' mean colour. prediction: the single one at t = T.
+    sample: mean over samples of their MSE. sample_mean: MSE of the samples' mean. std: deviation between samples.
+    sharpness: the samples' Laplacian energy over the truth's, both summed by the caller.
+    """
+    inside = holes[:, None].expand_as(clips)
+    visible_mean = clips.masked_fill(inside, 0).sum((2, 3, 4)) / (~inside).sum((2, 3, 4))
+    figures = {
+        "mean_fill": hole_mse(visible_mean[:, :, None, None, None].expand_as(clips), clips, holes),
+        "prediction": hole_mse(predict(model, clips, holes, seed=seed), clips, holes),
+        "laplacian_truth": laplacian_energy(clips, holes),
+    }
+    if model.schedule is not None:
+        samples = repaint(
+            model,
+            clips,
+            holes,
+            num_steps=num_steps,
+            sampler=sampler,
+            num_samples=num_samples,
+            seed=seed,
+            first_index=first_index,
+        )
+        each = torch.stack([hole_mse(samples[:, s], clips, holes) for s in range(num_samples)])
+        figures["sample"] = each.mean(0)
+        figures["best_sample"] = each.amin(0)
+        figures["sample_mean"] = hole_mse(samples.mean(1), clips, holes)
+        figures["laplacian_samples"] = torch.stack(
+            [laplacian_energy(samples[:, s], holes) for s in range(num_samples)]
+        ).mean(0)
+        deviation = samples.std(1, unbiased=True) if num_samples > 1 else torch.zeros_like(clips)
+        figures["std"] = (deviation * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
+    return {name: value.double().cpu() for name, value in figures.items()}
+
+
+def evaluate(options: Evaluate) -> dict[str, Any]:
+    """Run `unveil evaluate`.
+
+    Returns:
+        "psnr": for each kind of filling, mean over pictures of the PSNR inside the hole, in dB; "std", the deviation
+        between samples in units of the range; "sharpness", Laplacian energy of the samples over the truth's; and
+        "mean_beats_each", the share of pictures whose samples' mean has a smaller error than the average sample.
+    """
+    model, _ = load_model(options.run, options.device)
+    clip = model.recipe.clip
+    source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
+    samples = Samples(source, clip, seed=0, training=None)
+    loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=0)
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for batch in loader:
+        if batch.clips is None:
+            continue
+        take = min(len(batch.clips), options.limit - done)
+        indices = batch.indices[:take].tolist()
+        holes = holes_for(model, options.mask, indices, options.seed).to(options.device)
+        parts.append(
+            score(
+                model,
+                batch.clips[:take].to(options.device),
+                holes,
+                num_samples=options.num_samples,
+                num_steps=options.num_steps,
+                sampler=options.sampler,
+                seed=options.seed,
+                first_index=done,
+            )
+        )
+        done += take
+        if done >= options.limit:
+            break
+    if not done:
+        raise ValueError(f"No picture of {options.data} can be read, so there is nothing to score.")
+    figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    result: dict[str, Any] = {"pictures": done, "mask": options.mask, "num_samples": options.num_samples}
+    errors = [name for name in figures if name not in ("std", "laplacian_truth", "laplacian_samples")]
+    result["psnr"] = {name: psnr(figures[name]).mean().item() for name in errors}
+    if "std" in figures:
+        result["std"] = figures["std"].mean().item()
+        result["sharpness"] = (figures["laplacian_samples"].sum() / figures["laplacian_truth"].sum()).item()
+        result["mean_beats_each"] = (figures["sample_mean"] < figures["sample"]).double().mean().item()
+        result["num_steps"], result["sampler"] = options.num_steps, options.sampler
+    return result

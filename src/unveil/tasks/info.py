@@ -1,0 +1,43 @@
+"""What a weights file holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unveil.checkpoint import find_weights, read_header
+from unveil.config import to_dict
+from unveil.cost import masked_step
+from unveil.model import MaskedDiffusionAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print what a run or a weights file holds: recipe, target, normalisation, data, step, and what it can do.
+
+    Example: unveil info --run runs/digits
+    """
+
+    run: Path
+    """A run directory or a weights file."""
+
+
+def info(options: Info) -> dict[str, Any]:
+    """Run `unveil info`; reads the header only."""
+    recipe, about, shapes = read_header(options.run)
+    parts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        count = 1
+        for size in shape:
+            count *= size
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + count
+    expected = MaskedDiffusionAutoencoder(recipe)
+    return {
+        "file": str(find_weights(options.run)),
+        "can": sorted(expected.can),
+        "parameters": parts,
+        "missing_tensors": sorted(expected.state_dict().keys() - shapes.keys()),
+        "multiply_adds_per_clip": masked_step(recipe).forward,
+        "about": to_dict(about),
+        "recipe": to_dict(recipe),
+    }

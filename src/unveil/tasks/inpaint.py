@@ -1,0 +1,205 @@
+"""Repainting pictures: files and a mask in, files out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unveil.checkpoint import load_model
+from unveil.data import BadPicture, Source, open_source
+from unveil.masking import center_tokens, random_mask
+from unveil.model import MaskedDiffusionAutoencoder
+from unveil.pipeline import Sampler, masked_view, pixels_of, predict, repaint
+from unveil.report import contact_sheet, save_png
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """Repaint parts of pictures by conditional diffusion. Pixels outside the mask are kept exactly as they are.
+
+    A picture of another size than the model's is shrunk or enlarged to the model's for painting, and only the repainted
+    part is scaled back into it.
+
+    Example: unveil inpaint --run runs/photos --images holiday.jpg --mask hole.png --out painted
+    """
+
+    run: Path
+    """A run directory or a weights file."""
+    images: str
+    """A picture, a folder of pictures, a parquet file, or `digits:test`."""
+    out: Path
+    """Directory for the results."""
+    mask: str = "random:0.75"
+    """What to repaint: random:SHARE of the patches, center:SHARE of the area, or a picture of the same size that is
+    white where it is to be repainted."""
+    num_samples: int = 4
+    """Different answers for each picture."""
+    num_steps: int = 50
+    """Sampling steps, at most the schedule's 1000."""
+    sampler: Sampler = "ddpm"
+    """ddpm, ancestral, or ddim, deterministic from its first noise."""
+    limit: int = 16
+    """At most this many pictures, from the first on."""
+    seed: int = 0
+    """Draws random masks and the noise."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+def _model_mask(text: str, model: MaskedDiffusionAutoencoder, seed: int) -> Tensor | None:
+    """The pixel mask (1, T, H, W) at the model's size of random:SHARE or center:SHARE; None if text names neither."""
+    name, _, share_text = text.partition(":")
+    defaults = {"random": 0.75, "center": 0.25}
+    if name not in defaults:
+        return None
+    try:
+        share = float(share_text) if share_text else defaults[name]
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"--mask {text!r}: the share must be a number from 0 to 1, as in {name}:{defaults[name]}.")
+    sizes = model.recipe.clip
+    if name == "center":
+        hidden = center_tokens(sizes.grid, share)[None]
+    else:
+        drawn = random_mask([torch.Generator().manual_seed(seed)], sizes.grid, share)
+        hidden = torch.zeros(1, sizes.num_tokens, dtype=torch.bool).scatter(1, drawn.hidden, True)
+    return pixels_of(hidden, sizes.grid, sizes.patch_size, sizes.tubelet_size)
+
+
+def _read_mask(path: str) -> Tensor:
+    """A mask picture as (H, W) bool; at least half white is True."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.asarray(image.convert("L")) >= 128)
+    except FileNotFoundError:
+        raise ValueError(
+            f"--mask {path!r} is neither random:SHARE, center:SHARE, nor a file. Give one of these, as in random:0.75."
+        ) from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--mask {path!r} cannot be read as a picture ({error}).") from None
+
+
+def _resize(clip: Tensor, height: int, width: int) -> Tensor:
+    """(C, T, H, W) in [0, 1] to another height and width."""
+    frames = clip.transpose(0, 1)
+    frames = F.interpolate(frames, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return frames.clamp(0, 1).transpose(0, 1)
+
+
+def _to_bytes(clip: Tensor) -> Tensor:
+    return (clip * 255).round().to(torch.uint8)
+
+
+def _save(path: Path, clip: Tensor) -> None:
+    """A clip (C, T, H, W) of uint8 as a PNG, or as an animated one if it has several frames."""
+    frames = [np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in clip.transpose(0, 1)]
+    if clip.shape[0] not in (1, 3, 4):
+        np.save(path.with_suffix(".npy"), np.stack(frames).squeeze(0) if len(frames) == 1 else np.stack(frames))
+        return
+    images = [Image.fromarray(frame) for frame in frames]
+    if len(images) == 1:
+        save_png(path, images[0])
+    else:
+        images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
+
+
+def _hole_of(
+    options: Inpaint, model: MaskedDiffusionAutoencoder, index: int, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """The hole at the model's size (1, T, H, W) and at the picture's (T, H, W)."""
+    sizes = model.recipe.clip
+    T, H, W = shape
+    ours = _model_mask(options.mask, model, options.seed + index)
+    if ours is not None:
+        return ours, F.interpolate(ours.float(), (H, W), mode="nearest")[0].bool()
+    mask = _read_mask(options.mask)
+    if tuple(mask.shape) != (H, W):
+        raise ValueError(
+            f"The mask {options.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture is {W} x {H}. "
+            "Make them the same size."
+        )
+    theirs = mask.expand(T, H, W)
+    # any painted pixel of the picture must be painted at the model's size too
+    small = F.adaptive_max_pool2d(mask[None].float(), (sizes.height, sizes.width)).bool()
+    return small.expand(1, T, -1, -1), theirs
+
+
+def inpaint(options: Inpaint) -> dict[str, Any]:
+    """Run `unveil inpaint`.
+
+    Returns:
+        "pictures": for each one its name and the files written; "sheet": all of them side by side; "notices".
+
+    Raises:
+        ValueError: no picture can be read, the mask does not fit, or the model cannot paint it.
+    """
+    model, _ = load_model(options.run, options.device)
+    sizes = model.recipe.clip
+    name = options.images.partition(":")[0]
+    exact = (sizes.height, sizes.width) if name in ("moving-digits",) else (None, None)
+    source: Source = open_source(options.images, sizes.channels, sizes.frames, *exact)
+    if options.limit < 1:
+        raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
+    notices = [f"Skipped {s.where}: {s.reason}." for s in source.skipped]
+    pictures: list[dict[str, Any]] = []
+    rows: dict[str, list[Tensor]] = {}
+    num_samples = options.num_samples
+    if model.schedule is None and num_samples > 1:
+        notices.append(f"A {model.recipe.name} has one prediction for a hole, so one sample is painted, in one step.")
+        num_samples = 1
+    for index in range(min(len(source), options.limit)):
+        try:
+            picture = source.read(index)
+        except BadPicture as bad:
+            notices.append(f"Skipped {bad.where}: {bad.reason}.")
+            continue
+        if picture.note is not None:
+            notices.append(f"{source.where(index)}: {picture.note}.")
+        values = picture.values.transpose(0, 1)  # (C, T, H, W)
+        original = values if values.dtype == torch.uint8 else _to_bytes(values)
+        clip = values.float() / 255 if values.dtype == torch.uint8 else values
+        small_hole, hole = _hole_of(options, model, index, clip.shape[1:])
+        if not hole.any():
+            notices.append(f"{source.where(index)}: the mask hides nothing, so the picture is returned as it is.")
+        same = clip.shape[2:] == (sizes.height, sizes.width)
+        small = (clip if same else _resize(clip, sizes.height, sizes.width))[None].to(options.device)
+        small_hole = small_hole.to(options.device)
+        painted = repaint(
+            model,
+            small,
+            small_hole,
+            num_steps=options.num_steps,
+            sampler=options.sampler,
+            num_samples=num_samples,
+            seed=options.seed,
+            first_index=index,
+        )[0].cpu()
+        mean = predict(model, small, small_hole, seed=options.seed)[0].cpu()
+        stem = Path(source.where(index)).with_suffix("").as_posix().replace("/", "_").replace(" ", "_")
+        views = {"masked": _to_bytes(masked_view(clip[None], hole[None])[0])}
+        for label, made in [("mean", mean), *((f"sample{s + 1}", painted[s]) for s in range(num_samples))]:
+            full = made if same else _resize(made, *clip.shape[2:])
+            views[label] = torch.where(hole, _to_bytes(full), original)
+        files = {}
+        for label, view in views.items():
+            path = options.out / f"{stem}_{label}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(path, view)
+            files[label] = str(path)
+        pictures.append({"picture": source.where(index), "files": files})
+        shown = {"picture": original, **views}
+        for label, view in shown.items():
+            row = view.float() / 255
+            rows.setdefault(label, []).append(row if same else _resize(row, sizes.height, sizes.width))
+    if not pictures:
+        raise ValueError(f"No picture of {options.images} can be read. {' '.join(notices)}")
+    captions = {"mean": "one step: the mean prediction", "masked": f"masked ({options.mask})"}
+    sheet = options.out / "sheet.png"
+    save_png(sheet, contact_sheet([(captions.get(label, label), clips) for label, clips in rows.items()]))
+    return {"out": str(options.out), "sheet": str(sheet), "pictures": pictures, "notices": notices}

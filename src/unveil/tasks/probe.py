@@ -1,0 +1,146 @@
+"""How much of the labels the frozen features hold, by ridge regression and by nearest neighbours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unveil import draws
+from unveil.checkpoint import load_model
+from unveil.config import Clip
+from unveil.data import Samples, batches, open_source
+from unveil.features import Pool, encoder_features, extract, raw_pixels
+from unveil.metrics import accuracy, choose_ridge, knn_predict, ridge_predict
+from unveil.model import MaskedDiffusionAutoencoder
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FEW_LABEL_DRAWS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Measure the frozen encoder on labelled data: a linear probe (closed-form ridge) and k nearest neighbours.
+
+    The same probes on raw pixels and on the untrained encoder are printed beside it. The ridge penalty is chosen on a
+    fifth of the training labels, for each kind of features by itself.
+
+    Example: unveil probe --run runs/digits --data digits:train --test-data digits:test --labels-per-class 10
+    """
+
+    run: Path
+    """A run directory or a weights file."""
+    data: str
+    """Labelled training data: class folders, a parquet file with a label column, or `digits:train`."""
+    test_data: str | None = None
+    """Labelled test data with the same classes. Default: every fifth sample of --data is held out."""
+    labels_per_class: int | None = None
+    """Train on this many labels of each class, mean of five draws. Default: on all."""
+    pool: Pool = "mean"
+    """mean of the patch tokens, or the class token."""
+    k: int = 20
+    """Neighbours that vote."""
+    baselines: bool = True
+    """Also probe raw pixels and the untrained encoder."""
+    seed: int = 0
+    """Draws the few labels, and the untrained encoder."""
+    batch_size: int = 256
+    """Clips encoded at once; no effect on the result."""
+    workers: int = 0
+    """Processes that read data."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
+    """Indices of per_class random samples of each class."""
+    chosen = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < per_class:
+            raise ValueError(
+                f"--labels-per-class {per_class}, but class {label} has {len(members)} training samples. "
+                f"Use {len(members)} or fewer."
+            )
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    return torch.cat(chosen)
+
+
+def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    if options.labels_per_class is None:
+        subsets = [torch.arange(len(labels))]
+    else:
+        generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
+        subsets = [_few(labels, options.labels_per_class, g) for g in generators]
+    linear, neighbours = [], []
+    for rows in subsets:
+        x, y = train[rows], labels[rows]
+        # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
+        order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
+        penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
+        linear.append(accuracy(ridge_predict(x, y, test, num_classes, penalty), truth))
+        neighbours.append(accuracy(knn_predict(x, y, test, num_classes, options.k), truth))
+    return {"linear": sum(linear) / len(linear), "knn": sum(neighbours) / len(neighbours)}
+
+
+def _labelled(data: str, clip: Clip) -> Samples:
+    source = open_source(data, clip.channels, clip.frames, clip.height, clip.width)
+    if source.classes is None:
+        raise ValueError(
+            f"{data} has no labels: sort the pictures into a folder for each class, or give a label column."
+        )
+    return Samples(source, clip, seed=0, training=None)
+
+
+def probe(options: Probe) -> dict[str, Any]:
+    """Run `unveil probe`.
+
+    Returns:
+        For each kind of features, "linear" and "knn" accuracy in percent, and the number of samples and labels.
+
+    Raises:
+        ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
+    """
+    model, _ = load_model(options.run, options.device)
+    clip = model.recipe.clip
+    train_samples = _labelled(options.data, clip)
+    functions = {"encoder": encoder_features(model, options.pool)}
+    if options.baselines:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            untrained = MaskedDiffusionAutoencoder(model.recipe).to(options.device).eval()
+        functions |= {"untrained encoder": encoder_features(untrained, options.pool), "raw pixels": raw_pixels}
+
+    def features_of(samples: Samples) -> tuple[list[Tensor], Tensor]:
+        loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
+        return extract(loader, *functions.values(), device=options.device)
+
+    train, labels = features_of(train_samples)
+    if options.test_data is None:
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        held[torch.randperm(len(labels), generator=draws.generator(options.seed, "held out"))[: len(labels) // 5]] = (
+            True
+        )
+        test, truth = [x[held] for x in train], labels[held]
+        train, labels = [x[~held] for x in train], labels[~held]
+        if not len(truth):
+            raise ValueError(f"{options.data} has {len(labels)} samples, too few to hold some out. Give --test-data.")
+    else:
+        test_samples = _labelled(options.test_data, clip)
+        ours, theirs = train_samples.source.classes, test_samples.source.classes
+        if ours != theirs:
+            raise ValueError(
+                f"{options.data} has the classes {ours}, but {options.test_data} has {theirs}. Use the same."
+            )
+        test, truth = features_of(test_samples)
+    results = {name: _scores(x, labels, z, truth, options) for name, x, z in zip(functions, train, test, strict=True)}
+    return {
+        "results": results,
+        "train_samples": len(labels),
+        "test_samples": len(truth),
+        "labels_per_class": options.labels_per_class,
+        "pool": options.pool,
+        "k": options.k,
+    }

@@ -1,0 +1,81 @@
+"""A decoded picture or clip brought to the size that a model takes: at random for training, centred for evaluation."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+
+@functools.cache
+def _random_crop(height: int, width: int, crop_scale: float) -> v2.RandomResizedCrop:
+    return v2.RandomResizedCrop(
+        (height, width), scale=(crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+
+
+def _check(picture: Tensor) -> None:
+    if picture.dtype != torch.uint8 and not picture.is_floating_point():
+        raise ValueError(
+            f"A picture of {picture.dtype} cannot be resized without losing values. Give uint8, or float in [0, 1]."
+        )
+
+
+def _clipped(picture: Tensor) -> Tensor:
+    # Bicubic overshoots at edges; uint8 saturates by itself.
+    return picture.clamp(0, 1) if picture.is_floating_point() else picture
+
+
+def fit(picture: Tensor, height: int, width: int) -> Tensor:
+    """Resize so that the picture just covers (height, width) with its aspect kept, and cut out the centre.
+
+    Args:
+        picture: (T, C, H, W), uint8, or float in [0, 1].
+
+    Returns:
+        (T, C, height, width) of the same dtype; `picture` itself if it already has that size.
+
+    Raises:
+        ValueError: the picture is of another integer dtype.
+    """
+    _check(picture)
+    h, w = picture.shape[-2:]
+    if (h, w) == (height, width):
+        return picture
+    # A picture of 1 x 10,000 would be resized to gigabytes; what the centre crop cannot reach is cut off first.
+    h, w = min(h, 4 * math.ceil(w * height / width)), min(w, 4 * math.ceil(h * width / height))
+    picture = F.center_crop(picture, [h, w])
+    scale = max(height / h, width / w)
+    size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    picture = F.resize(picture, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return _clipped(F.center_crop(picture, [height, width]))
+
+
+def augment(picture: Tensor, height: int, width: int, crop_scale: float, flip: bool, seed_key: int) -> Tensor:
+    """Cut out a random part, resize it, and mirror half of all pictures; the same for every frame of a clip.
+
+    Args:
+        picture: (T, C, H, W), uint8, or float in [0, 1].
+        crop_scale: smallest share of the area that the crop keeps, in (0, 1]; 1 is the crop of `fit`.
+        flip: whether to mirror left and right with probability 1/2.
+        seed_key: from `draws.key`; the same key gives the same result.
+
+    Returns:
+        (T, C, height, width) of the same dtype.
+
+    Raises:
+        ValueError: the picture is of another integer dtype.
+    """
+    _check(picture)
+    # torchvision's transforms draw from the global generator. torch.manual_seed would also reseed every GPU, which
+    # fork_rng(devices=[]) does not restore, and is 25 times slower.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_key)
+        mirrored = flip and bool(torch.rand(()) < 0.5)
+        if crop_scale < 1:
+            picture = _clipped(_random_crop(height, width, crop_scale)(picture))
+    if crop_scale >= 1:
+        picture = fit(picture, height, width)
+    return F.horizontal_flip(picture) if mirrored else picture
