@@ -22,7 +22,7 @@ from unveil.data import Samples, batches, open_source
 from unveil.metrics import hole_mse, psnr
 from unveil.pipeline import masked_view, predict, repaint
 from unveil.report import contact_sheet, save_png
-from unveil.tasks.evaluate import Evaluate, evaluate, holes_for
+from unveil.tasks.evaluate import Evaluate, evaluate, holes_for, score
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 
@@ -98,6 +98,16 @@ def main(options: Options) -> None:
             *((f"sample {i + 1}, 50 DDPM steps", list(painted[:, i])) for i in range(3)),
         ]
         save_png(options.out / f"repaint_{mask.partition(':')[0]}.png", contact_sheet(rows, cell=64))
+    # a hole of 12 x 12 pixels that cuts through patches: 112 pixels of the hidden 16 x 16 are known
+    cut = torch.zeros(len(clips), 1, 32, 32, dtype=torch.bool)
+    cut[:, :, 10:22, 10:22] = True
+    settings: dict[str, Any] = {"num_samples": 8, "num_steps": 50, "sampler": "ddpm", "seed": 0}
+    result["known_pixels_in_hidden_patches"] = {}
+    for name, told in (("re-imposed", True), ("ignored", False)):
+        figures = score(model, clips, cut, reimpose_known=told, **settings)
+        result["known_pixels_in_hidden_patches"][name] = {
+            key: psnr(figures[key]).mean().item() for key in ("sample", "sample_mean")
+        }
     (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

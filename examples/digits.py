@@ -26,7 +26,7 @@ from unveil.tasks.probe import Probe, probe
 from unveil.train import METRICS, SHEET, Progress
 
 OUT = Path("runs/digits")
-EPOCHS = 400
+EPOCHS = 200
 SHOWN = 12
 RHOS = (1.0, 0.8, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 

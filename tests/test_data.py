@@ -712,7 +712,7 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
     assert torch.equal(batch.clips[1], clip_of(samples, 0, 3))
     assert batch.labels.tolist() == [-1, -1]
     assert batch.problems == [Skipped("2.png", "not a picture that Pillow can read")]
-    assert batch.notes == ["grey repeated"] * 2
+    assert [note for _, note in batch.notes] == ["grey repeated"] * 2
 
 
 def test_a_batch_of_bad_pictures_has_no_clips(mixed: Path) -> None:

@@ -114,7 +114,10 @@ def check_tensors(path: Path, expected: dict[str, tuple[int, ...]], found: dict[
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
     """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
     recipe, about, found = read_header(path)
-    model = MaskedDiffusionAutoencoder(recipe)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its first weights are thrown away, so nobody's draws shall change for them
+        model = MaskedDiffusionAutoencoder(recipe)
     file = find_weights(path)
     check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
     model.load_state_dict(safetensors.torch.load_file(file))

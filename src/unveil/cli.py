@@ -60,9 +60,11 @@ def _tell_pretrain(result: dict[str, Any]) -> None:
         f"loss {result['loss']:.4f}."
     )
     if result["skipped"]:
-        say(f"{result['skipped']} files could not be used; they are listed in {result['out']}/problems.jsonl.")
+        say(f"{result['skipped']} files could not be used.")
     for note, count in result["converted"].items():
-        say(f"Converted {count} times: {note}.")
+        say(f"{count} pictures: {note}.")
+    if result["skipped"] or result["converted"]:
+        say(f"They are listed in {result['out']}/problems.jsonl.")
     say(f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors.")
 
 

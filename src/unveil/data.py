@@ -55,14 +55,15 @@ class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     """The readable samples of a batch, and what happened to the others.
 
     indices: (B,), int64. clips: (B, C, T, H, W), float32 in [0, 1]; None if no sample was readable.
-    labels: (B,), int64, -1 where there is none. problems: the unreadable ones. notes: what was converted.
+    labels: (B,), int64, -1 where there is none. problems: the unreadable ones. notes: (index, what was
+    converted) of the readable ones that needed it.
     """
 
     indices: Tensor
     clips: Tensor | None
     labels: Tensor
     problems: list[Skipped]
-    notes: list[str]
+    notes: list[tuple[int, str]]
 
 
 class Samples(Dataset[Sample]):
@@ -135,7 +136,7 @@ def collate(samples: list[Sample]) -> Batch:
         clips=torch.stack([sample.clip for sample in good if sample.clip is not None]) if good else None,
         labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
         problems=[sample.problem for sample in samples if sample.problem is not None],
-        notes=[sample.note for sample in good if sample.note is not None],
+        notes=[(sample.index, sample.note) for sample in good if sample.note is not None],
     )
 
 

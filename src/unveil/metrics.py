@@ -1,5 +1,7 @@
 """Arithmetic of probes and of repainting, each a named protocol."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,15 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     """Each dimension by the mean and deviation of the training features, (n, D), in float64."""
     mean, std = train.double().mean(0), train.double().std(0)
     return [(x.double() - mean) / (std + 1e-5) for x in (train, *others)]
+
+
+def _ridge(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, penalties: Sequence[float]) -> list[Tensor]:
+    """Predictions for each penalty; the normal equations, which cost most, are made once."""
+    x, z = standardise(train, test)
+    y = F.one_hot(labels, num_classes).double() * 2 - 1
+    bias = y.mean(0)  # standardised features have mean 0, so the bias stands alone
+    gram, moments, identity = x.T @ x / len(x), x.T @ (y - bias) / len(x), torch.eye(x.shape[1], dtype=x.dtype)
+    return [(z @ torch.linalg.solve(gram + l2 * identity, moments) + bias).argmax(1) for l2 in penalties]
 
 
 def ridge_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float) -> Tensor:
@@ -21,26 +32,19 @@ def ridge_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int,
     Returns:
         (m,) predicted classes.
     """
-    x, z = standardise(train, test)
-    y = F.one_hot(labels, num_classes).double() * 2 - 1
-    bias = y.mean(0)  # standardised features have mean 0, so the bias stands alone
-    gram = x.T @ x / len(x) + l2 * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (y - bias) / len(x))
-    return (z @ weights + bias).argmax(1)
+    return _ridge(train, labels, test, num_classes, [l2])[0]
 
 
-def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: tuple[float, ...]) -> float:
-    """The penalty with the best accuracy on every fifth training row, fitted on the others; the first on a tie."""
+def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float]) -> float:
+    """The penalty with the best accuracy on every fifth training row, fitted on the others; the first on a tie.
+
+    With fewer than one such row for each class there is nothing to choose by, and the middle penalty is taken.
+    """
     held = torch.arange(len(train)) % 5 == 0
-    if held.sum() < num_classes or len(penalties) == 1:
+    if held.sum() < num_classes:
         return penalties[len(penalties) // 2]
-    scores = [
-        (ridge_predict(train[~held], labels[~held], train[held], num_classes, l2) == labels[held])
-        .double()
-        .mean()
-        .item()
-        for l2 in penalties
-    ]
+    predictions = _ridge(train[~held], labels[~held], train[held], num_classes, penalties)
+    scores = [accuracy(p, labels[held]) for p in predictions]
     return penalties[scores.index(max(scores))]
 
 

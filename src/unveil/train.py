@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +260,7 @@ class Trainer:
         self.step = 0
         self.images_seen = 0
         self.problems: dict[str, str] = {s.where: s.reason for s in samples.source.skipped}
-        self.notes: dict[str, int] = {}
+        self.notes: dict[int, str] = {}
         self.sheet_clips: Tensor | None = None
 
     def epochs(self) -> Iterator[Batch]:
@@ -283,9 +284,10 @@ class Trainer:
         }
         about = About(step=self.step, images_seen=self.images_seen, ema=True, data=run.data, command=run.command)
         save_weights(out / WEIGHTS, self.recipe, self.average.module.state_dict(), about)
-        lines = [
-            json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in sorted(self.problems.items())
-        ]
+        source = self.samples.source
+        problems = [{"where": where, "used": False, "what": reason} for where, reason in sorted(self.problems.items())]
+        problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
+        lines = [json.dumps(problem) + "\n" for problem in problems]
         write_atomically(out / PROBLEMS, lambda part: part.write_text("".join(lines), encoding="utf-8"))
         self.paint_sheet()
         write_atomically(out / STATE, lambda part: torch.save(state, part))
@@ -313,8 +315,7 @@ class Trainer:
     def note(self, batch: Batch) -> None:
         for problem in batch.problems:
             self.problems.setdefault(problem.where, problem.reason)
-        for note in batch.notes:
-            self.notes[note] = self.notes.get(note, 0) + 1
+        self.notes.update(batch.notes)
         if self.sheet_clips is None and batch.clips is not None:
             self.sheet_clips = batch.clips[:SHEET_SAMPLES].to(self.run.device)
 
@@ -328,7 +329,7 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
 
     Returns:
         The run's outcome: steps, images_seen, loss (mean over the last record), seconds of this call, where it lies,
-        skipped (number of unusable files), and finished.
+        skipped (number of unusable files), converted (number of pictures for each conversion), and finished.
 
     Raises:
         ValueError: the directory holds another run or is in use, no sample is readable, or the loss is no number.
@@ -433,5 +434,5 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         "loss": loss,
         "seconds": time.perf_counter() - begin,
         "skipped": len(trainer.problems),
-        "converted": trainer.notes,
+        "converted": dict(Counter(trainer.notes.values())),
     }

@@ -13,7 +13,8 @@ from unveil.data import Samples, batches, open_source
 from unveil.masking import center_tokens, random_mask
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, pixels_of, predict, repaint
+from unveil.pipeline import Sampler, pixels_of, repaint
+from unveil.tasks.pretrain import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ def score(
     sampler: Sampler,
     seed: int,
     first_index: int = 0,
+    reimpose_known: bool = True,
 ) -> dict[str, Tensor]:
     """Per-picture figures of one batch, (B,) each; MSE in the hole, values in [0, 1].
 
@@ -93,9 +95,10 @@ def score(
     """
     inside = holes[:, None].expand_as(clips)
     visible_mean = clips.masked_fill(inside, 0).sum((2, 3, 4)) / (~inside).sum((2, 3, 4))
+    prediction = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, first_index=first_index)[:, 0]
     figures = {
         "mean_fill": hole_mse(visible_mean[:, :, None, None, None].expand_as(clips), clips, holes),
-        "prediction": hole_mse(predict(model, clips, holes, seed=seed), clips, holes),
+        "prediction": hole_mse(prediction, clips, holes),
         "laplacian_truth": laplacian_energy(clips, holes),
     }
     if model.schedule is not None:
@@ -108,6 +111,7 @@ def score(
             num_samples=num_samples,
             seed=seed,
             first_index=first_index,
+            reimpose_known=reimpose_known,
         )
         each = torch.stack([hole_mse(samples[:, s], clips, holes) for s in range(num_samples)])
         figures["sample"] = each.mean(0)
@@ -129,7 +133,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         between samples in units of the range; "sharpness", Laplacian energy of the samples over the truth's; and
         "mean_beats_each", the share of pictures whose samples' mean has a smaller error than the average sample.
     """
-    model, _ = load_model(options.run, options.device)
+    if options.limit < 1:
+        raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
+    device = pick_device(options.device)
+    model, _ = load_model(options.run, device)
     clip = model.recipe.clip
     source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
     samples = Samples(source, clip, seed=0, training=None)
@@ -141,11 +148,11 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
             continue
         take = min(len(batch.clips), options.limit - done)
         indices = batch.indices[:take].tolist()
-        holes = holes_for(model, options.mask, indices, options.seed).to(options.device)
+        holes = holes_for(model, options.mask, indices, options.seed).to(device)
         parts.append(
             score(
                 model,
-                batch.clips[:take].to(options.device),
+                batch.clips[:take].to(device),
                 holes,
                 num_samples=options.num_samples,
                 num_steps=options.num_steps,

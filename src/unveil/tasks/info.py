@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unveil.checkpoint import find_weights, read_header
 from unveil.config import to_dict
 from unveil.cost import masked_step
@@ -31,7 +33,8 @@ def info(options: Info) -> dict[str, Any]:
             count *= size
         part = name.split(".")[0]
         parts[part] = parts.get(part, 0) + count
-    expected = MaskedDiffusionAutoencoder(recipe)
+    with torch.random.fork_rng(devices=[]):
+        expected = MaskedDiffusionAutoencoder(recipe)
     return {
         "file": str(find_weights(options.run)),
         "can": sorted(expected.can),

@@ -16,6 +16,7 @@ from unveil.masking import center_tokens, random_mask
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler, masked_view, pixels_of, predict, repaint
 from unveil.report import contact_sheet, save_png
+from unveil.tasks.pretrain import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +97,44 @@ def _to_bytes(clip: Tensor) -> Tensor:
     return (clip * 255).round().to(torch.uint8)
 
 
-def _save(path: Path, clip: Tensor) -> None:
-    """A clip (C, T, H, W) of uint8 as a PNG, or as an animated one if it has several frames."""
+def _shrink_around(clip: Tensor, hole: Tensor, height: int, width: int) -> Tensor:
+    """`_resize`, but from the pixels outside the hole (T, H, W) alone: what lies under a mask must not bleed out of it."""
+    known = (~hole).to(clip.dtype)[None].expand_as(clip)
+
+    def resized(values: Tensor) -> Tensor:
+        frames = F.interpolate(
+            values.transpose(0, 1), (height, width), mode="bicubic", antialias=True, align_corners=False
+        )
+        return frames.transpose(0, 1)
+
+    weight = resized(known)
+    # where little is known, the pixel lies in the hole and is painted anyway
+    return torch.where(weight > 0.4, resized(clip * known) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+
+
+def _save(path: Path, clip: Tensor) -> Path:
+    """A clip (C, T, H, W) of uint8 as a PNG, an animated one if it has several frames, or else as .npy; where it lies."""
     frames = [np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in clip.transpose(0, 1)]
     if clip.shape[0] not in (1, 3, 4):
-        np.save(path.with_suffix(".npy"), np.stack(frames).squeeze(0) if len(frames) == 1 else np.stack(frames))
-        return
+        path = path.with_suffix(".npy")
+        np.save(path, frames[0] if len(frames) == 1 else np.stack(frames))
+        return path
     images = [Image.fromarray(frame) for frame in frames]
     if len(images) == 1:
         save_png(path, images[0])
     else:
         images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
+    return path
+
+
+def _stem(where: str, taken: set[str]) -> str:
+    """The name of a picture's files: its own without the extension, unless another picture has that one already."""
+    plain = Path(where).with_suffix("").as_posix().replace("/", "_").replace(" ", "_")
+    stem, number = plain, 2
+    while stem in taken:
+        stem, number = f"{plain}_{number}", number + 1
+    taken.add(stem)
+    return stem
 
 
 def _hole_of(
@@ -139,7 +167,8 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
     Raises:
         ValueError: no picture can be read, the mask does not fit, or the model cannot paint it.
     """
-    model, _ = load_model(options.run, options.device)
+    device = pick_device(options.device)
+    model, _ = load_model(options.run, device)
     sizes = model.recipe.clip
     name = options.images.partition(":")[0]
     exact = (sizes.height, sizes.width) if name in ("moving-digits",) else (None, None)
@@ -149,6 +178,7 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
     notices = [f"Skipped {s.where}: {s.reason}." for s in source.skipped]
     pictures: list[dict[str, Any]] = []
     rows: dict[str, list[Tensor]] = {}
+    stems: set[str] = set()
     num_samples = options.num_samples
     if model.schedule is None and num_samples > 1:
         notices.append(f"A {model.recipe.name} has one prediction for a hole, so one sample is painted, in one step.")
@@ -168,8 +198,8 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
         if not hole.any():
             notices.append(f"{source.where(index)}: the mask hides nothing, so the picture is returned as it is.")
         same = clip.shape[2:] == (sizes.height, sizes.width)
-        small = (clip if same else _resize(clip, sizes.height, sizes.width))[None].to(options.device)
-        small_hole = small_hole.to(options.device)
+        small = (clip if same else _shrink_around(clip, hole, sizes.height, sizes.width))[None].to(device)
+        small_hole = small_hole.to(device)
         painted = repaint(
             model,
             small,
@@ -181,7 +211,7 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
             first_index=index,
         )[0].cpu()
         mean = predict(model, small, small_hole, seed=options.seed)[0].cpu()
-        stem = Path(source.where(index)).with_suffix("").as_posix().replace("/", "_").replace(" ", "_")
+        stem = _stem(source.where(index), stems)
         views = {"masked": _to_bytes(masked_view(clip[None], hole[None])[0])}
         for label, made in [("mean", mean), *((f"sample{s + 1}", painted[s]) for s in range(num_samples))]:
             full = made if same else _resize(made, *clip.shape[2:])
@@ -190,8 +220,7 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
         for label, view in views.items():
             path = options.out / f"{stem}_{label}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            _save(path, view)
-            files[label] = str(path)
+            files[label] = str(_save(path, view))
         pictures.append({"picture": source.where(index), "files": files})
         shown = {"picture": original, **views}
         for label, view in shown.items():

@@ -123,7 +123,7 @@ def recipe_of(options: Pretrain) -> Recipe:
         training[name] = getattr(options, name)
     if built_in:  # a mirrored 2 is no 2, and eight pixels leave nothing to crop
         training["flip"] = bool(options.flip)
-        training["crop_scale"] = options.crop_scale or 1.0
+        training["crop_scale"] = 1.0 if options.crop_scale is None else options.crop_scale
     changed = {name: value for name, value in training.items() if value is not None}
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changed))
 

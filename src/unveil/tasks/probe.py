@@ -14,6 +14,7 @@ from unveil.data import Samples, batches, open_source
 from unveil.features import Pool, encoder_features, extract, raw_pixels
 from unveil.metrics import accuracy, choose_ridge, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.tasks.pretrain import pick_device
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEW_LABEL_DRAWS = 5
@@ -103,19 +104,26 @@ def probe(options: Probe) -> dict[str, Any]:
     Raises:
         ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
     """
-    model, _ = load_model(options.run, options.device)
+    if options.k < 1:
+        raise ValueError(f"--k {options.k}: at least one neighbour must vote.")
+    if options.labels_per_class is not None and options.labels_per_class < 1:
+        raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
+    device = pick_device(options.device)
+    model, _ = load_model(options.run, device)
     clip = model.recipe.clip
     train_samples = _labelled(options.data, clip)
     functions = {"encoder": encoder_features(model, options.pool)}
     if options.baselines:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            untrained = MaskedDiffusionAutoencoder(model.recipe).to(options.device).eval()
+            untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
         functions |= {"untrained encoder": encoder_features(untrained, options.pool), "raw pixels": raw_pixels}
 
     def features_of(samples: Samples) -> tuple[list[Tensor], Tensor]:
         loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
-        return extract(loader, *functions.values(), device=options.device)
+        features, classes = extract(loader, *functions.values(), device=device)
+        labelled = classes >= 0  # a parquet file may have rows without a label
+        return [x[labelled] for x in features], classes[labelled]
 
     train, labels = features_of(train_samples)
     if options.test_data is None:

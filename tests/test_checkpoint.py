@@ -1,0 +1,230 @@
+"""Weight files describe themselves, are written whole or not at all, and say what is wrong with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from small import VARIANTS, build, clips_for, small, small_variant
+
+from unveil import __version__
+from unveil.checkpoint import (
+    FORMAT,
+    WEIGHTS,
+    About,
+    check_tensors,
+    find_weights,
+    load_model,
+    read_header,
+    save_weights,
+    write_atomically,
+)
+from unveil.config import recipe_from_dict, to_dict
+from unveil.model import MaskedDiffusionAutoencoder
+
+ABOUT = About(step=7, images_seen=99, ema=True, data="photos/", command="unveil pretrain --data photos/")
+
+
+def save(path: Path, model: MaskedDiffusionAutoencoder) -> Path:
+    save_weights(path, model.recipe, model.state_dict(), ABOUT)
+    return path
+
+
+def header_and_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return save(tmp_path / WEIGHTS, build(small()))
+
+
+def changed(path: Path, header: dict[str, str] | None = None, **tensors: torch.Tensor | None) -> Path:
+    """The file again, with other header entries and tensors; None takes one out. `__` in a name stands for a dot."""
+    metadata, values = header_and_tensors(path)
+    for name, value in tensors.items():
+        values.pop(name.replace("__", "."), None)
+        if value is not None:
+            values[name.replace("__", ".")] = value
+    safetensors.torch.save_file(values, path, {**metadata, **(header or {})})
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_loaded_model_equals_the_saved_one(tmp_path: Path, variant: str) -> None:
+    model = build(small_variant(variant))
+    loaded, about = load_model(save(tmp_path / WEIGHTS, model))
+    assert loaded.recipe == model.recipe
+    assert about == ABOUT
+    assert not loaded.training
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    clips = clips_for(model.recipe)
+    assert torch.equal(model.encode(clips), loaded.encode(clips))
+
+
+def test_a_file_describes_itself_to_other_programs(weights: Path) -> None:
+    """The header is plain JSON: recipe, target, normalisation, data, step, EMA, command and version."""
+    metadata, tensors = header_and_tensors(weights)
+    assert metadata["format"] == FORMAT
+    recipe, about = json.loads(metadata["recipe"]), json.loads(metadata["about"])
+    assert recipe["branch"]["target"] == "x0"
+    assert recipe["clip"]["mean"] == [0.5] * 3
+    assert recipe["size"] == "Nano/4"
+    assert about == {**to_dict(ABOUT), "version": __version__}
+    assert tensors.keys() == build(small()).state_dict().keys()
+
+
+def test_the_header_is_read_without_the_tensors(weights: Path) -> None:
+    recipe, about, shapes = read_header(weights.parent)
+    assert recipe == small()
+    assert about == ABOUT
+    assert shapes == {name: tuple(v.shape) for name, v in build(small()).state_dict().items()}
+
+
+def test_a_directory_and_a_file_both_name_weights(weights: Path) -> None:
+    assert find_weights(weights) == find_weights(weights.parent) == find_weights(str(weights)) == weights
+
+
+def test_a_missing_file_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_missing_tensor_refuses(weights: Path) -> None:
+    changed(weights, encoder__norm__weight=None)
+    with pytest.raises(ValueError, match=r"lacks 1 of \d+ tensors .*'encoder\.'.*damaged"):
+        load_model(weights)
+
+
+def test_an_encoder_alone_refuses(weights: Path) -> None:
+    names = [name for name in header_and_tensors(weights)[1] if name.startswith("decoder.")]
+    changed(weights, **{name.replace(".", "__"): None for name in names})
+    with pytest.raises(
+        ValueError, match=rf"lacks {len(names)} of \d+ tensors \(all under 'decoder\.'\): .*whole decoder"
+    ):
+        load_model(weights)
+
+
+def test_tensors_missing_in_several_parts_refuse(weights: Path) -> None:
+    names = [name for name in header_and_tensors(weights)[1] if name.endswith("norm.weight")]
+    assert len({name.split(".")[0] for name in names}) == 2
+    changed(weights, **{name.replace(".", "__"): None for name in names})
+    with pytest.raises(ValueError, match=rf"lacks {len(names)} of .*the first is '{min(names)}'"):
+        load_model(weights)
+
+
+def test_an_extra_tensor_refuses(weights: Path) -> None:
+    changed(weights, rope__freqs=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"holds 1 tensors that its recipe does not have, as 'rope\.freqs'"):
+        load_model(weights)
+
+
+def test_a_tensor_of_another_shape_refuses(weights: Path) -> None:
+    changed(weights, encoder__norm__weight=torch.zeros(31))
+    with pytest.raises(ValueError, match=r"'encoder\.norm\.weight' as \(31,\), but its recipe makes it \(32,\)"):
+        load_model(weights)
+
+
+def test_a_tensor_transposed_refuses() -> None:
+    with pytest.raises(ValueError, match=r"'w' as \(2, 3\)"):
+        check_tensors(Path("x"), {"w": (3, 2)}, {"w": (2, 3)})
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -10])
+def test_a_truncated_file_refuses(weights: Path, keep: int) -> None:
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cannot be read as safetensors .*Is the file whole") as caught:
+        load_model(weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_kind_of_file_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "unveil-2"}])
+def test_a_file_that_does_not_describe_itself_refuses(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(3)}, path, metadata)
+    with pytest.raises(ValueError, match="does not describe itself as unveil-1"):
+        load_model(path)
+
+
+def edited(section: str | None, **fields: Any) -> dict[str, str]:
+    recipe = json.loads(json.dumps(to_dict(small())))
+    part = recipe if section is None else recipe[section]
+    for name, value in fields.items():
+        part.pop(name, None)
+        if value is not ...:
+            part[name] = value
+    return {"recipe": json.dumps(recipe)}
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (
+            edited("branch", mask_ration=0.5),
+            r"Unknown field 'mask_ration' in Recipe\.branch\. Did you mean 'mask_ratio'\?",
+        ),
+        (edited(None, banch={}), r"Unknown field 'banch' in Recipe\. Did you mean 'branch'\?"),
+        (edited("branch", noise_on=...), r"Recipe\.branch lacks the field 'noise_on'"),
+        (edited("branch", noise_on="hiden"), r"noise_on='hiden'.*Did you mean 'hidden'\?"),
+        (edited("encoder", depth="3"), r"Recipe\.encoder\.depth is '3', but it must be of type int"),
+        (edited("encoder", depth=True), r"Recipe\.encoder\.depth is True"),
+        (edited("clip", height=15), r"height=15, which patch_size=4 does not divide"),
+        (edited(None, clip=3), r"Recipe\.clip is 3, but it must be a section"),
+        ({"recipe": "{"}, "cannot read"),
+        ({"about": "{}"}, "cannot read"),
+        ({"about": json.dumps({**to_dict(ABOUT), "mood": "fine"})}, "mood"),
+    ],
+)
+def test_a_header_that_does_not_fit_refuses(weights: Path, header: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(changed(weights, header))
+    assert str(weights) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_recipe_survives_its_header() -> None:
+    for variant in VARIANTS:
+        recipe = small_variant(variant)
+        assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+def test_a_write_that_fails_leaves_the_old_file(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights.read_bytes()
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half of a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        save(weights, build(small(), seed=1))
+    assert weights.read_bytes() == before
+    assert [p.name for p in weights.parent.iterdir()] == [WEIGHTS]  # and nothing half-written lies about
+
+
+def test_the_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    seen = []
+
+    def write(part: Path) -> None:
+        part.write_bytes(b"first half")
+        seen.append((path.exists(), part.parent == path.parent))
+        part.write_bytes(b"all of it")
+
+    write_atomically(path, write)
+    assert seen == [(False, True)]  # in the same directory, because a rename is atomic within a file system only
+    assert path.read_bytes() == b"all of it"

@@ -1,0 +1,492 @@
+"""The command line: people's text on stderr, one JSON line on stdout, and one sentence for a user's error."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+import tyro
+from PIL import Image
+from small import build, small
+
+from unveil import cli
+from unveil import train as train_module
+from unveil.checkpoint import WEIGHTS, About, save_weights
+from unveil.tasks.evaluate import Evaluate
+from unveil.tasks.info import Info
+from unveil.tasks.inpaint import Inpaint
+from unveil.tasks.pretrain import Pretrain, parse_image_size
+from unveil.tasks.probe import Probe
+
+ABOUT = About(step=1, images_seen=1, ema=True, data="nothing", command="none")
+COMMANDS = {"pretrain": Pretrain, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate, "info": Info}
+README = Path(__file__).parent.parent / "README.md"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def unveil(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def run(command: str, *words: str | Path) -> Outcome:
+        """A command's words split at spaces, and further ones as they are."""
+        capsys.readouterr()
+        try:
+            cli.main([*command.split(), *map(str, words)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+Unveil = Callable[..., Outcome]
+
+
+def assert_refuses(outcome: Outcome, *patterns: str) -> None:
+    """Exit code 2, nothing on stdout, and one line on stderr that matches."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("unveil: ")
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), (pattern, lines[0])
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A model of the digits' size that has learnt nothing."""
+    return save(tmp_path / "digits_run", size="Nano/2", channels=1, height=8)
+
+
+def save(run: Path, name: str = "diffmae", **arguments: Any) -> Path:
+    model = build(small(name, **arguments))
+    save_weights(run / WEIGHTS, model.recipe, model.state_dict(), ABOUT)
+    return run
+
+
+def photos(folder: Path, classes: int = 2, each: int = 12, size: int = 20) -> Path:
+    """Class folders of flat colours with noise, which a probe tells apart."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(each):
+            values = 60 + 120 * label + rng.integers(0, 60, (size, size, 3))
+            Image.fromarray(values.astype(np.uint8)).save(folder / f"class{label}" / f"{i}.png")
+    return folder
+
+
+# Output
+
+
+@pytest.mark.parametrize(
+    "command, fields",
+    [
+        ("pretrain --data digits:test --out {new} --epochs 1", {"out", "finished", "step", "loss", "skipped"}),
+        ("inpaint --run {run} --images digits:test --out {new} --limit 2 --num-steps 2", {"pictures", "sheet"}),
+        ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
+        (
+            "evaluate --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2",
+            {"psnr", "std", "sharpness"},
+        ),
+        ("info --run {run}", {"recipe", "about", "can", "parameters"}),
+    ],
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_json_is_the_last_line_of_stdout_and_text_is_on_stderr(
+    tmp_path: Path, digits: Path, unveil: Unveil, command: str, fields: set[str], first: bool
+) -> None:
+    command = command.format(run=digits, new=tmp_path / "new")
+    name, _, rest = command.partition(" ")
+    outcome = unveil(f"{name} --json {rest}" if first else f"{command} --json")
+    assert outcome.code == 0
+    (line,) = outcome.out.splitlines()
+    result = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert fields <= result.keys()
+    assert outcome.err.strip()
+    plain = unveil(command.replace(str(tmp_path / "new"), str(tmp_path / "newer")))
+    assert (plain.code, plain.out) == (0, "")
+
+
+def test_pretrain_tells_progress(tmp_path: Path, unveil: Unveil) -> None:
+    outcome = unveil("pretrain --data digits:test --epochs 2 --out", tmp_path / "run")
+    assert re.search(r"4/4 \[.*loss \d+\.\d+, [\d,.]+ images/s", outcome.err)
+    assert "Finished: step 4 of 4, 512 images seen" in outcome.err
+    assert "contact_sheet.png" in outcome.err
+
+
+def test_probe_prints_its_baselines(digits: Path, unveil: Unveil) -> None:
+    outcome = unveil("probe --data digits:train --test-data digits:test --labels-per-class 10 --json --run", digits)
+    result = json.loads(outcome.out)
+    assert list(result["results"]) == ["encoder", "untrained encoder", "raw pixels"]
+    assert result["train_samples"] == 1437
+    assert result["test_samples"] == 360
+    assert 75 < result["results"]["raw pixels"]["linear"] < 95
+    for name in result["results"]:
+        assert name in outcome.err
+    alone = json.loads(unveil("probe --data digits:test --no-baselines --pool class --json --run", digits).out)
+    assert list(alone["results"]) == ["encoder"]
+
+
+def test_raw_pixels_reach_98_percent_with_all_labels(digits: Path, unveil: Unveil) -> None:
+    result = json.loads(unveil("probe --data digits:train --test-data digits:test --k 3 --json --run", digits).out)
+    assert result["results"]["raw pixels"]["knn"] > 97
+    assert result["results"]["raw pixels"]["linear"] > 90
+
+
+def test_probe_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: Unveil) -> None:
+    command = "probe --data digits:test --labels-per-class 5 --json"
+    first = json.loads(unveil(command, "--run", digits).out)
+    assert json.loads(unveil(command, "--run", digits).out) == first
+    assert json.loads(unveil(command + " --batch-size 300", "--run", digits).out)["results"] == first["results"]
+    assert json.loads(unveil(command + " --seed 1", "--run", digits).out)["results"] != first["results"]
+
+
+def test_evaluate_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: Unveil) -> None:
+    command = "evaluate --data digits:test --limit 12 --num-steps 3 --num-samples 2 --json"
+    first = json.loads(unveil(command, "--run", digits).out)
+    assert json.loads(unveil(command, "--run", digits).out) == first
+    other = json.loads(unveil(command + " --batch-size 5", "--run", digits).out)
+    for name, value in first["psnr"].items():
+        assert other["psnr"][name] == pytest.approx(value, abs=1e-4)
+    assert first["psnr"]["best_sample"] >= first["psnr"]["sample"]
+
+
+def test_evaluate_of_raw_mae_has_no_samples(tmp_path: Path, unveil: Unveil) -> None:
+    run = save(tmp_path / "mae", "mae_raw", size="Nano/2", channels=1, height=8)
+    result = json.loads(unveil("evaluate --data digits:test --limit 4 --json --run", run).out)
+    assert result["psnr"].keys() == {"mean_fill", "prediction"}
+    assert "std" not in result
+
+
+def test_info_counts_what_is_there_and_says_what_is_missing(digits: Path, unveil: Unveil) -> None:
+    result = json.loads(unveil("info --json --run", digits).out)
+    model = build(small(size="Nano/2", channels=1, height=8))
+    assert sum(result["parameters"].values()) == sum(v.numel() for v in model.state_dict().values())
+    assert result["missing_tensors"] == []
+    weights = digits / WEIGHTS
+    with safetensors.safe_open(weights, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(weights)
+    del tensors["decoder.norm.weight"]
+    safetensors.torch.save_file(tensors, weights, metadata)
+    outcome = unveil("info --json --run", digits)
+    assert json.loads(outcome.out)["missing_tensors"] == ["decoder.norm.weight"]
+    assert "'decoder.norm.weight'" in outcome.err
+
+
+# Help
+
+
+def field_docs(options: type) -> dict[str, str]:
+    """Each field of an options class with the docstring below it."""
+    (definition,) = ast.parse(inspect.getsource(options)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs, name = {}, None
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs[name], name = str(node.value.value), None
+    return docs
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_option(unveil: Unveil, command: str) -> None:
+    options = COMMANDS[command]
+    docs = field_docs(options)
+    assert docs.keys() == {f.name for f in dataclasses.fields(options)}  # each has a description
+    outcome = unveil(f"{command} --help")
+    assert (outcome.code, outcome.err) == (0, "")
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", outcome.out).split())
+    assert " ".join((inspect.getdoc(options) or "").split("\n")[0].split()) in text
+    assert f"Example: unveil {command} " in text
+    for name, doc in docs.items():
+        assert "--" + name.replace("_", "-") in text
+        squeezed = re.sub(r"\W", "", doc)
+        assert len(squeezed) > 8
+        assert squeezed in re.sub(r"\W", "", outcome.out), name
+
+
+@pytest.mark.parametrize("words", ["", "--help", "--json"])
+def test_help_names_every_command(unveil: Unveil, words: str) -> None:
+    outcome = unveil(words)
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert command in outcome.out
+    assert "--json" in outcome.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_the_help_parses(command: str) -> None:
+    example = re.search(r"Example: unveil (.*)", inspect.getdoc(COMMANDS[command]) or "")
+    assert example
+    assert isinstance(parse(example[1]), COMMANDS[command])
+
+
+def parse(command: str) -> Any:
+    words = [word for word in shlex.split(command, comments=True) if word != "--json"]
+    return tyro.cli(cli.Command, args=words)  # type: ignore[call-overload]
+
+
+def readme_commands() -> list[str]:
+    if not README.exists():
+        return []
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("unveil ").strip() for line in lines if line.startswith("unveil ")]
+
+
+def test_readme_commands_parse() -> None:
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    commands = readme_commands()
+    assert {command.split()[0] for command in commands} == COMMANDS.keys()
+    for command in commands:
+        assert isinstance(parse(command), COMMANDS[command.split()[0]])
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil) -> None:
+    """One after the other, on two dozen photos; epochs and pictures are fewer, nothing else is changed."""
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for command in readme_commands():
+        few = " --limit 2" if command.split()[0] in ("inpaint", "evaluate") else ""
+        outcome = unveil(re.sub(r"--epochs \d+", "--epochs 2", command) + few)
+        assert outcome.code == 0, (command, outcome.err)
+    assert (tmp_path / "painted" / "sheet.png").exists()
+
+
+# Refusals
+
+NEW = "{tmp}/new"
+
+
+@pytest.mark.parametrize(
+    "command, patterns",
+    [
+        (f"pretrain --data {{tmp}}/empty --out {NEW}", ["empty.*holds no files"]),
+        (f"pretrain --data {{tmp}}/texts --out {NEW}", ["texts.*holds 2 files, none of which is a picture"]),
+        (f"pretrain --data {{tmp}}/fake --out {NEW} --size Nano/4 --image-size 8", ["None of the 3 samples"]),
+        (
+            f"pretrain --data digit:train --out {NEW}",
+            ["There is no data at 'digit:train'", "Did you mean 'digits:train'"],
+        ),
+        (f"pretrain --data digits:val --out {NEW}", ["There is no data at 'digits:val'"]),
+        (f"pretrain --data {{tmp}}/photo --out {NEW}", ["There is no data", "Did you mean '.*photos'"]),
+        (f"pretrain --data digits --out {NEW} --image-size 9", ["height=9", "patch_size=2", "Use 8 or 10"]),
+        (f"pretrain --data {{tmp}}/photos --out {NEW} --size B/16 --image-size 32x40", ["width=40", "Use 32 or 48"]),
+        (f"pretrain --data digits --out {NEW} --image-size big", ["--image-size 'big' is no size"]),
+        (f"pretrain --data digits --out {NEW} --image-size 8x8x8", ["--image-size '8x8x8' is no size"]),
+        (f"pretrain --data digits --out {NEW} --image-size 0", ["--image-size '0' is no size"]),
+        (f"pretrain --data digits --out {NEW} --size Nono/2", ["Unknown size 'Nono/2'", "Did you mean 'Nano'"]),
+        (f"pretrain --data digits --out {NEW} --size Nano", ["lacks its patch size", "'Nano/16'"]),
+        (f"pretrain --data digits --out {NEW} --recipe mae --target eps", ["--target eps belongs to diffmae"]),
+        (f"pretrain --data digits --out {NEW} --recipe mae_raw --rho 0.5", ["--rho 0.5 belongs to diffmae"]),
+        (
+            f"pretrain --data digits --out {NEW} --recipe mae --schedule cosine",
+            ["--schedule cosine belongs to diffmae"],
+        ),
+        (
+            f"pretrain --data digits --out {NEW} --recipe mae --mask-ratio 0",
+            ["mask_ratio=0", "nothing would be hidden"],
+        ),
+        (f"pretrain --data digits --out {NEW} --mask-ratio 1.5", ["mask_ratio=1.5", "between 0 and 1"]),
+        (f"pretrain --data digits --out {NEW} --rho 0", ["rho=0"]),
+        (f"pretrain --data digits --out {NEW} --epochs 0", ["epochs=0"]),
+        (f"pretrain --data digits --out {NEW} --batch-size 0", ["batch_size=0"]),
+        (f"pretrain --data digits --out {NEW} --blr -1", ["base_lr=-1"]),
+        (f"pretrain --data digits --out {NEW} --crop-scale 2", ["crop_scale=2"]),
+        (f"pretrain --data digits --out {NEW} --crop-scale 0", ["crop_scale=0"]),
+        (f"pretrain --data digits --out {NEW} --ema-decay 1", ["ema_decay=1"]),
+        (f"pretrain --data digits --out {NEW} --channels 4", ["grey, which cannot fill 4 channels"]),
+        (f"pretrain --data digits --out {NEW} --channels 0", ["channels=0"]),
+        (f"pretrain --data digits --out {NEW} --frames 4", ["pictures, not clips of 4 frames"]),
+        (f"pretrain --data moving-digits --out {NEW} --frames 3", ["frames=3", "tubelet_size=2"]),
+        (f"pretrain --data digits --out {NEW} --workers 9999", ["9999 workers for 1797 samples", "--workers 1797"]),
+        (f"pretrain --data digits --out {NEW} --workers -1", ["num_workers=-1"]),
+        (f"pretrain --data digits --out {NEW} --device gpu", ["--device gpu cannot be used"]),
+        (f"pretrain --data digits --out {NEW} --device cuda:99", ["--device cuda:99 cannot be used"]),
+        ("pretrain --data digits --out {tmp}/afile/run", ["afile"]),
+        ("pretrain --data digits --out {tmp}/texts", ["is not empty", "holds no run"]),
+        (
+            f"pretrain --data {{tmp}}/five --out {NEW} --size Nano/4 --image-size 8",
+            ["None of the 2", "5 channels where 3"],
+        ),
+        ("inpaint --run {tmp}/nowhere --images digits --out {tmp}/new", ["nowhere does not exist"]),
+        ("inpaint --run {tmp}/texts --images digits --out {tmp}/new", ["holds no model.safetensors"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --mask random:1", ["hides everything"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --mask blob", ["--mask 'blob' is neither"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --num-steps 0", ["num_steps=0", "1 to 1000"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --num-samples 0", ["num_samples=0"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --limit 0", ["--limit 0"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --device gpu", ["--device gpu cannot be used"]),
+        ("inpaint --run {run} --images {tmp}/none --out {tmp}/new", ["There is no data"]),
+        ("inpaint --run {run} --images digits --out {tmp}/afile/x --limit 1 --num-steps 1", ["afile"]),
+        ("inpaint --run {mae} --images digits --out {tmp}/new", ["patch-normalised", "cannot paint"]),
+        ("inpaint --run {five} --images digits --out {tmp}/new", ["cannot fill 5 channels"]),
+        ("inpaint --run {broken} --images digits --out {tmp}/new", [r"lacks 1 of \d+ tensors", "decoder"]),
+        ("probe --run {run} --data {tmp}/flat", ["flat has no labels"]),
+        ("probe --run {run} --data digits --k 0", ["--k 0"]),
+        ("probe --run {run} --data digits --labels-per-class 0", ["--labels-per-class 0"]),
+        ("probe --run {run} --data digits:test --labels-per-class 999", ["--labels-per-class 999, but class 0 has"]),
+        ("probe --run {run} --data digits --test-data {tmp}/photos", ["has the classes", "Use the same"]),
+        ("probe --run {run} --data digits --batch-size 0", ["batch_size=0"]),
+        ("probe --run {run} --data digits --workers 9999", ["9999 workers"]),
+        ("probe --run {run} --data digits --device gpu", ["--device gpu cannot be used"]),
+        ("probe --run {broken} --data digits", ["lacks 1 of"]),
+        ("probe --run {tmp}/nowhere --data digits", ["does not exist"]),
+        ("evaluate --run {run} --data digits --mask random:1", ["--mask 'random:1'", "below 1"]),
+        ("evaluate --run {run} --data digits --mask box", ["--mask 'box' is no mask"]),
+        ("evaluate --run {run} --data digits --limit 0", ["--limit 0"]),
+        ("evaluate --run {run} --data digits --limit 2 --num-samples 0", ["num_samples=0"]),
+        ("evaluate --run {run} --data digits --limit 2 --num-steps 1001", ["num_steps=1001"]),
+        ("evaluate --run {run} --data digits --device gpu", ["--device gpu cannot be used"]),
+        ("evaluate --run {mae} --data digits", ["patch-normalised"]),
+        ("info --run {tmp}/nowhere", ["does not exist"]),
+        ("info --run {tmp}/afile", ["cannot be read as safetensors"]),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(
+    tmp_path: Path, unveil: Unveil, command: str, patterns: list[str]
+) -> None:
+    shape: dict[str, Any] = {"size": "Nano/2", "channels": 1, "height": 8}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text("text")
+    (tmp_path / "fake").mkdir()
+    for i in range(3):
+        (tmp_path / "fake" / f"{i}.png").write_text("text")
+    (tmp_path / "five").mkdir()
+    for i in range(2):
+        np.save(tmp_path / "five" / f"{i}.npy", np.zeros((8, 8, 5), dtype=np.uint8))
+    (tmp_path / "afile").write_text("a file")
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "flat" / "a.png")
+    if "photos" in command or "/photo " in command:
+        photos(tmp_path / "photos", each=1)
+    runs = {}
+    for name, recipe, arguments in (
+        ("run", "diffmae", shape),
+        ("mae", "mae", shape),
+        ("five", "diffmae", {**shape, "channels": 5}),
+        ("broken", "diffmae", shape),
+    ):
+        if f"{{{name}}}" in command:
+            runs[name] = save(tmp_path / f"{name}_run", recipe, **arguments)
+    if "broken" in runs:
+        model = build(small("diffmae", **shape))
+        state = model.state_dict()
+        del state["decoder.norm.weight"]
+        save_weights(runs["broken"] / WEIGHTS, model.recipe, state, ABOUT)
+    assert_refuses(unveil(command.format(tmp=tmp_path, **runs)), *patterns)
+    if not command.startswith("pretrain"):
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "command, nearest",
+    [
+        ("pretrain --data digits --out x --epoch 3", "--epochs"),
+        ("pretrain --data digits --out x --mask-ration 0.5", "--mask-ratio"),
+        ("inpaint --run x --images digits --out x --num-step 3", "--num-steps"),
+        ("probe --run x --data digits --test-date digits", "--test-data"),
+        ("evaluate --run x --data digits --sampel ddim", "--sampler"),
+        ("info --ran x", "--run"),
+        ("pretrane --data digits", "'pretrain'"),
+        ("pretrain --data digits --out x --recipe dffmae", "diffmae"),
+        ("pretrain --data digits --out x --decoder cros", "cross"),
+        ("pretrain --data digits --out x --epochs many", "--epochs"),
+        ("pretrain --out x", "--data"),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_with_the_nearest_name(unveil: Unveil, command: str, nearest: str) -> None:
+    outcome = unveil(command)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert nearest in outcome.err
+
+
+def test_labels_that_are_missing_are_left_out(tmp_path: Path, unveil: Unveil) -> None:
+    """A parquet file may have rows without a label; a probe uses the others."""
+    folder = photos(tmp_path / "photos")
+    images = [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
+    labels = [0] * 12 + [1] * 12
+    labels[3] = labels[20] = None  # type: ignore[call-overload]
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "photos.parquet")
+    run = save(tmp_path / "run")
+    outcome = unveil("probe --json --run", run, "--data", tmp_path / "photos.parquet")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["train_samples"] + result["test_samples"] == 22
+    assert result["results"]["raw pixels"]["linear"] == 100
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path, unveil: Unveil, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = train_module.draw
+
+    def terminate(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(train_module, "draw", terminate)
+    outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")
+    assert outcome.code == 130
+    assert "Interrupted and saved; the same command goes on from here" in outcome.err
+    assert json.loads(outcome.out)["finished"] is False
+    monkeypatch.setattr(train_module, "draw", draw)
+    outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")
+    assert (outcome.code, json.loads(outcome.out)["resumed"]) == (0, True)
+
+
+@pytest.mark.parametrize("text, size", [("224", (224, 224)), ("64x48", (64, 48)), ("8X16", (8, 16))])
+def test_image_size(text: str, size: tuple[int, int]) -> None:
+    assert parse_image_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "8x", "x8", "8x0", "-8", "8.5", "8 8", "1x2x3"])
+def test_image_size_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_image_size(text)
+
+
+def test_the_command_is_installed_and_the_global_state_is_left_alone(tmp_path: Path) -> None:
+    """As people start it, from another folder: stdout has nothing but the JSON."""
+    program = Path(sys.executable).parent / "unveil"
+    if not program.exists():
+        pytest.skip("the package is not installed in this environment")
+    run = save(tmp_path / "run")
+    done = subprocess.run([program, "info", "--run", run, "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"]["name"] == "diffmae"
+
+
+def test_commands_leave_the_global_generator_alone(tmp_path: Path, digits: Path, unveil: Unveil) -> None:
+    state = torch.get_rng_state()
+    unveil("probe --data digits:test --labels-per-class 3 --run", digits)
+    unveil("evaluate --data digits:test --limit 2 --num-steps 2 --num-samples 2 --run", digits)
+    unveil("inpaint --images digits:test --limit 1 --num-steps 2 --run", digits, "--out", tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,323 @@
+"""The command `unveil inpaint` and the pictures it writes: what is visible stays as it is, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small import build, generator, small
+
+from unveil.checkpoint import WEIGHTS, About, save_weights
+from unveil.config import Recipe
+from unveil.tasks.inpaint import Inpaint, _shrink_around, inpaint
+
+ABOUT = About(step=1, images_seen=1, ema=True, data="nothing", command="none")
+Result = dict[str, Any]
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[..., Path]:
+    """A run directory with a random model of 16 x 16 pixels in patches of 4."""
+
+    def write(name: str = "diffmae", **arguments: Any) -> Path:
+        recipe: Recipe = small(name, **arguments)
+        run = tmp_path / "_".join(["run", name, *(f"{k}{v}" for k, v in arguments.items())])
+        save_weights(run / WEIGHTS, recipe, build(recipe).state_dict(), ABOUT)
+        return run
+
+    return write
+
+
+def picture(path: Path, height: int = 16, width: int = 16, channels: int = 3, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return path
+
+
+def mask(path: Path, hole: np.ndarray) -> Path:
+    Image.fromarray((hole * 255).astype(np.uint8)).save(path)
+    return path
+
+
+def hole_of(height: int, width: int) -> np.ndarray:
+    """A hole at odd places: neither patches of the model nor whole pixels of its size."""
+    hole = np.zeros((height, width), dtype=bool)
+    hole[height // 5 : height // 2 + 1, width // 3 + 1 : 2 * width // 3] = True
+    return hole
+
+
+def go(run: Path, images: Path | str, out: Path, **options: Any) -> Result:
+    settings = {"num_samples": 2, "num_steps": 3, **options}
+    settings["mask"] = str(settings.get("mask", "random:0.5"))
+    return inpaint(Inpaint(run=run, images=str(images), out=out, **settings))
+
+
+def read(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+PAINTED = ("mean", "sample1", "sample2")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (37, 50), (64, 16), (7, 9)])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_visible_pixels_are_kept_bit_for_bit(
+    tmp_path: Path, run_of: Callable[..., Path], channels: int, size: tuple[int, int], sampler: str
+) -> None:
+    """White is repainted, black is kept, for a picture of the model's size and of others."""
+    source = picture(tmp_path / "in.png", *size, channels)
+    hole = hole_of(*size)
+    assert hole.any()
+    run = run_of(channels=channels)
+    result = go(run, source, tmp_path / "out", mask=mask(tmp_path / "mask.png", hole), sampler=sampler)
+    files = result["pictures"][0]["files"]
+    assert list(files) == ["masked", *PAINTED]
+    before = read(source)
+    for label, path in files.items():
+        after = read(path)
+        assert after.shape == before.shape
+        assert after.dtype == np.uint8
+        assert np.array_equal(after[~hole], before[~hole]), label
+        assert not np.array_equal(after[hole], before[hole]), label
+    assert (read(files["masked"])[hole] == 128).all()
+    assert not result["notices"]
+
+
+@pytest.mark.parametrize(
+    "text, share", [("random:0.5", 0.5), ("random", 0.75), ("center", 0.25), ("center:0.25", 0.25)]
+)
+@pytest.mark.parametrize("size", [(16, 16), (48, 32)])
+def test_named_masks(
+    tmp_path: Path, run_of: Callable[..., Path], text: str, share: float, size: tuple[int, int]
+) -> None:
+    source = picture(tmp_path / "in.png", *size)
+    files = go(run_of(), source, tmp_path / "out", mask=text)["pictures"][0]["files"]
+    gray = (read(files["masked"]) == 128).all(-1)
+    patches = gray.reshape(4, size[0] // 4, 4, size[1] // 4).all((1, 3))
+    assert patches.sum() == 16 * share
+    assert np.array_equal(np.kron(patches, np.ones((size[0] // 4, size[1] // 4), dtype=bool)), gray)
+    for label in PAINTED:
+        assert np.array_equal(read(files[label])[~gray], read(source)[~gray])
+
+
+def test_a_mask_finer_than_a_patch(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    """A single pixel: its patch is hidden from the model, and its neighbours in the patch are still kept."""
+    source = picture(tmp_path / "in.png")
+    hole = np.zeros((16, 16), dtype=bool)
+    hole[6, 9] = True
+    files = go(run_of(), source, tmp_path / "out", mask=mask(tmp_path / "m.png", hole))["pictures"][0]["files"]
+    for label in PAINTED:
+        changed = (read(files[label]) != read(source)).any(-1)
+        assert changed.sum() == 1
+        assert changed[6, 9]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (37, 50), (64, 64), (11, 9)])
+def test_what_lies_under_the_mask_is_not_read(
+    tmp_path: Path, run_of: Callable[..., Path], size: tuple[int, int]
+) -> None:
+    """Also not through the neighbours, when the picture is resized for the model."""
+    hole = hole_of(*size)
+    original = read(picture(tmp_path / "a" / "in.png", *size))
+    other = np.where(hole[..., None], 255 - original // 2, original)
+    (tmp_path / "b").mkdir()
+    Image.fromarray(other).save(tmp_path / "b" / "in.png")
+    run, path = run_of(), mask(tmp_path / "m.png", hole)
+    for label in PAINTED:
+        ours, theirs = (
+            go(run, tmp_path / d / "in.png", tmp_path / f"out_{d}", mask=path)["pictures"][0]["files"][label]
+            for d in "ab"
+        )
+        assert np.array_equal(read(ours), read(theirs))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 50), (16, 16), (9, 30)])
+def test_a_flat_picture_with_something_under_the_mask_becomes_flat(size: tuple[int, int]) -> None:
+    """What the model sees of a picture of one colour is that colour, whatever is to be painted over."""
+    hole = torch.from_numpy(hole_of(*size))[None]
+    clip = torch.where(hole, torch.rand(3, 1, *size, generator=generator()), torch.tensor(0.7))
+    seen = _shrink_around(clip, hole, 16, 16)
+    visible = ~F.adaptive_max_pool2d(hole.float(), (16, 16)).bool()
+    torch.testing.assert_close(seen[:, visible], torch.full_like(seen[:, visible], 0.7), rtol=0, atol=1e-5)
+
+
+def test_without_a_hole_shrinking_is_plain_resizing() -> None:
+    clip = torch.rand(3, 1, 40, 23, generator=generator())
+    expected = F.interpolate(clip.transpose(0, 1), (16, 16), mode="bicubic", antialias=True).clamp(0, 1).transpose(0, 1)
+    seen = _shrink_around(clip, torch.zeros(1, 40, 23, dtype=torch.bool), 16, 16)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
+def test_samples_differ_and_repeat(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    run, source = run_of(), picture(tmp_path / "in.png")
+
+    def files(out: str, **options: Any) -> list[np.ndarray]:
+        result = go(run, source, tmp_path / out, mask="center:0.5", num_samples=3, **options)
+        return [read(path) for label, path in result["pictures"][0]["files"].items() if label.startswith("sample")]
+
+    first, again, other = files("a"), files("b"), files("c", seed=1)
+    assert len(first) == 3
+    for x, y in zip(first, again, strict=True):
+        assert np.array_equal(x, y)
+    for i in range(3):
+        assert not np.array_equal(first[i], first[i - 1])
+        assert not np.array_equal(first[i], other[i])
+
+
+def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    """Number and noise of the first picture are the same alone and before others."""
+    for i in range(3):
+        picture(tmp_path / "in" / f"{i}.png", seed=i)
+    run = run_of()
+    alone = go(run, tmp_path / "in", tmp_path / "a", limit=1)["pictures"]
+    together = go(run, tmp_path / "in", tmp_path / "b")["pictures"]
+    assert (len(alone), len(together)) == (1, 3)
+    for label, path in alone[0]["files"].items():
+        assert np.array_equal(read(path), read(together[0]["files"][label]))
+
+
+def test_nothing_hidden_returns_the_picture_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    run = run_of()
+    for size in ((16, 16), (30, 41)):
+        source = picture(tmp_path / f"{size[0]}.png", *size)
+        nothing = mask(tmp_path / "m.png", np.zeros(size, dtype=bool))
+        for text in (str(nothing), "random:0", "center:0"):
+            result = go(run, source, tmp_path / "out", mask=text)
+            assert any("hides nothing" in notice for notice in result["notices"])
+            for path in result["pictures"][0]["files"].values():
+                assert np.array_equal(read(path), read(source))
+
+
+@pytest.mark.parametrize("text", ["random:1", "center:1", "file"])
+def test_a_mask_that_hides_everything_refuses(tmp_path: Path, run_of: Callable[..., Path], text: str) -> None:
+    source = picture(tmp_path / "in.png", 20, 20)
+    if text == "file":
+        text = str(mask(tmp_path / "m.png", np.ones((20, 20), dtype=bool)))
+    with pytest.raises(ValueError, match="hides everything, but this diffmae was trained with 75% hidden"):
+        go(run_of(), source, tmp_path / "out", mask=text)
+
+
+def test_a_model_that_generates_takes_a_mask_that_hides_everything_and_no_other(
+    tmp_path: Path, run_of: Callable[..., Path]
+) -> None:
+    source = picture(tmp_path / "in.png")
+    for ratio in (0.0, 1.0):
+        run = run_of(mask_ratio=ratio)
+        files = go(run, source, tmp_path / f"out{ratio}", mask="random:1")["pictures"][0]["files"]
+        assert not np.array_equal(read(files["sample1"]), read(files["sample2"]))
+        with pytest.raises(ValueError, match="Hide everything, or use a model"):
+            go(run, source, tmp_path / f"out{ratio}", mask="random:0.5")
+
+
+def test_a_patch_normalised_mae_refuses(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"patch-normalised.*cannot paint.*mae_raw or diffmae"):
+        go(run_of("mae"), picture(tmp_path / "in.png"), tmp_path / "out")
+
+
+def test_raw_mae_paints_once_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    result = go(run_of("mae_raw"), picture(tmp_path / "in.png"), tmp_path / "out", num_samples=4)
+    assert result["notices"] == ["A mae_raw has one prediction for a hole, so one sample is painted, in one step."]
+    files = result["pictures"][0]["files"]
+    assert list(files) == ["masked", "mean", "sample1"]
+    assert np.array_equal(read(files["mean"]), read(files["sample1"]))
+
+
+def test_a_mask_of_another_size_refuses(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="is 30 x 20 pixels, but the picture is 16 x 16"):
+        go(run_of(), picture(tmp_path / "in.png"), tmp_path / "o", mask=mask(tmp_path / "m.png", np.ones((20, 30))))
+
+
+@pytest.mark.parametrize("text", ["random:2", "random:-0.1", "random:half", "center:nan", "box:0.3", "missing.png"])
+def test_a_mask_that_is_none_refuses(tmp_path: Path, run_of: Callable[..., Path], text: str) -> None:
+    with pytest.raises(ValueError, match="--mask"):
+        go(run_of(), picture(tmp_path / "in.png"), tmp_path / "out", mask=text)
+
+
+def test_a_mask_that_is_no_picture_refuses(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    (tmp_path / "mask.png").write_text("white")
+    for text in (tmp_path / "mask.png", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
+            go(run_of(), picture(tmp_path / "in.png"), tmp_path / "out", mask=text)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"limit": 0}, {"num_samples": 0}, {"num_steps": 0}, {"num_steps": 1001}, {"device": "gpu"}, {"device": "cuda:99"}],
+)
+def test_options_refuse(tmp_path: Path, run_of: Callable[..., Path], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)).replace("_", "[-_]")) as caught:
+        go(run_of(), picture(tmp_path / "in.png"), tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_picture_is_skipped_and_only_bad_ones_refuse(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "note.txt").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"No picture of .* can be read.*a\.png"):
+        go(run_of(), tmp_path / "in", tmp_path / "out")
+    picture(tmp_path / "in" / "b.png")
+    result = go(run_of(), tmp_path / "in", tmp_path / "out")
+    assert [p["picture"] for p in result["pictures"]] == ["b.png"]
+    assert any(notice.startswith("Skipped a.png: ") for notice in result["notices"])
+    assert any(notice.startswith("Skipped note.txt: ") for notice in result["notices"])
+
+
+def test_gray_and_colour_are_converted_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    colour, gray = picture(tmp_path / "c.png"), picture(tmp_path / "g.png", channels=1)
+    result = go(run_of(channels=1), colour, tmp_path / "a")
+    assert any("grey" in notice for notice in result["notices"])
+    assert read(result["pictures"][0]["files"]["mean"]).shape == (16, 16)
+    result = go(run_of(channels=3), gray, tmp_path / "b")
+    files = result["pictures"][0]["files"]
+    assert any("grey" in notice for notice in result["notices"])
+    visible = (read(files["masked"]) != 128).any(-1)
+    assert np.array_equal(read(files["mean"])[visible], np.repeat(read(gray)[visible][:, None], 3, 1))
+
+
+def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    names = ["a.png", "a.bmp", "a_b.png", "a/b.png", "a_2.png"]
+    for i, name in enumerate(names):
+        picture(tmp_path / "in" / name, seed=i)
+    result = go(run_of(), tmp_path / "in", tmp_path / "out", mask="center")
+    written = [path for p in result["pictures"] for path in p["files"].values()]
+    assert len(set(written)) == len(written) == 4 * len(names)
+    for p in result["pictures"]:
+        assert np.array_equal(read(p["files"]["mean"])[0], read(tmp_path / "in" / p["picture"])[0])
+
+
+def test_arrays_of_five_channels(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 5), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", values)
+    files = go(run_of(channels=5), tmp_path / "in", tmp_path / "out", mask="center")["pictures"][0]["files"]
+    for label in PAINTED:
+        after = np.load(files[label])
+        assert after.shape == values.shape
+        assert np.array_equal(after[0], values[0])
+        assert not np.array_equal(after, values)
+
+
+def test_a_clip_becomes_an_animation(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    run = run_of(channels=1, frames=4, tubelet_size=2, height=16, width=24)
+    result = go(run, "moving-digits:test", tmp_path / "out", mask="center", limit=1)
+    with Image.open(result["pictures"][0]["files"]["sample1"]) as image:
+        assert (image.size, image.n_frames) == ((24, 16), 4)
+
+
+def test_the_sheet_shows_everything(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    for i, size in enumerate([(16, 16), (40, 20)]):
+        picture(tmp_path / "in" / f"{i}.png", *size, seed=i)
+    result = go(run_of(), tmp_path / "in", tmp_path / "out")
+    with Image.open(result["sheet"]) as sheet:
+        assert sheet.size[0] > 2 * 96
+        assert sheet.size[1] > 5 * 96  # the picture, masked, the mean, and two samples
