@@ -36,7 +36,7 @@ class Options:
     test: str
     """Parquet file of the 10,000 test pictures."""
     out: Path = Path("runs/cifar10")
-    epochs: int = 8
+    epochs: int = 7
     seed: int = 0
     compile: bool = True
 

@@ -39,9 +39,9 @@ MAE_DECODER = (512, 8, 16)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Our choice, for thousands to tens of thousands of small pictures on a CPU or one GPU.
+# Our choice, for thousands to tens of thousands of small pictures on a CPU or one GPU. Measured on digits (results/LOG.md).
 SMALL_TRAINING = Training(
-    epochs=100, batch_size=128, base_lr=2e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decay=0.999
+    epochs=100, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decay=0.999
 )
 
 

@@ -60,7 +60,7 @@ class Pretrain:
     epochs: int | None = None
     """Passes over the data. Default: the recipe's, 1600 for DiffMAE, 800 for MAE, 100 for Nano and Micro."""
     batch_size: int | None = None
-    """Clips in one step. Default: the recipe's, 4096, or 128 for Nano and Micro."""
+    """Clips in one step. Default: the recipe's, 4096, or 64 for Nano and Micro."""
     blr: float | None = None
     """Base learning rate; the learning rate is blr * batch size / 256."""
     warmup_epochs: float | None = None
