@@ -20,9 +20,9 @@ import tyro
 from unveil.checkpoint import load_model
 from unveil.data import Samples, batches, open_source
 from unveil.metrics import hole_mse, psnr
-from unveil.pipeline import masked_view, predict, repaint
+from unveil.pipeline import masked_view, named_holes, predict, repaint
 from unveil.report import contact_sheet, save_png
-from unveil.tasks.evaluate import Evaluate, evaluate, holes_for, score
+from unveil.tasks.evaluate import Evaluate, evaluate, score
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
     clips = next(iter(batches(samples, 256, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips
     assert clips is not None
     for mask in MASKS:
-        holes = holes_for(model, mask, list(range(len(clips))), seed=0)
+        holes = named_holes(model.recipe.clip, mask, list(range(len(clips))), seed=0)
         filled = telea(clips, holes)
         result["repaint"][mask]["psnr"]["telea"] = psnr(hole_mse(filled, clips, holes)).mean().item()
         few, few_holes = clips[:12], holes[:12]

@@ -18,9 +18,9 @@ from unveil.config import Recipe, Schedule
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import masked_view, predict, repaint
+from unveil.pipeline import masked_view, named_holes, predict, repaint
 from unveil.report import Page, contact_sheet, curve
-from unveil.tasks.evaluate import Evaluate, evaluate, holes_for
+from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.train import METRICS, SHEET, Progress
@@ -60,7 +60,7 @@ def loss_towards_mae(model: MaskedDiffusionAutoencoder, clips: torch.Tensor) -> 
     """
     recipe, t, z = (
         model.recipe,
-        500,
+        100,
         torch.randn(model.recipe.clip.token_dim, generator=torch.Generator().manual_seed(0)),
     )
     drawn = draw(recipe, model.schedule, 0, 0, range(len(clips)))
@@ -114,7 +114,7 @@ def main() -> None:
     samples = Samples(source, model.recipe.clip, seed=0, training=None)
     clips = next(iter(batches(samples, 360, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips
     assert clips is not None
-    holes = holes_for(model, "random:0.75", list(range(len(clips))), seed=0)
+    holes = named_holes(model.recipe.clip, "random:0.75", list(range(len(clips))), seed=0)
     rhos, rho_mae = loss_towards_mae(model, clips)
     gap = {
         mask: scores["diffmae", mask]["psnr"]["prediction"] - scores["mae_raw", mask]["psnr"]["prediction"]

@@ -259,7 +259,7 @@ def test_taps_fall_from_the_last_block(encoder_depth: int, decoder_depth: int) -
     assert len(taps) == decoder_depth
     assert taps[0] == encoder_depth
     assert taps[-1] == math.ceil(encoder_depth / decoder_depth)
-    gaps = [a - b for a, b in zip(taps, taps[1:], strict=False)]
+    gaps = [a - b for a, b in itertools.pairwise(taps)]
     assert all(encoder_depth // decoder_depth <= gap <= -(-encoder_depth // decoder_depth) for gap in gaps)
 
 
@@ -505,7 +505,9 @@ def test_every_parameter_gets_a_gradient(variant: str) -> None:
     for name, parameter in objective.model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if parameter.grad.abs().max() < 1e-7:  # the kernel's softmax over one key leaves rounding; others are above 1e-4
+        if (
+            parameter.grad.abs().max() < 1e-7
+        ):  # the kernel's softmax over one key leaves rounding; others are above 1e-4
             silent.add(name)
     assert silent == without_gradient(recipe)
 

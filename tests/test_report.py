@@ -112,7 +112,7 @@ def test_a_page_needs_no_other_file(tmp_path: Path) -> None:
     page.picture(image, 'truth "and" <holes>')
     page.picture(curve({"loss": ([1, 2], [2, 1])}, "x", "y"), "a curve")
     page.table(["features", "linear %"], [["encoder", 91.25], ["raw <pixels>", 98]])
-    page.text("1 < 2 & so on")
+    page.text("1 < 2 & <b>so</b> on")
     page.save(tmp_path / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -128,7 +128,7 @@ def test_a_page_needs_no_other_file(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(first), np.asarray(image))
     with Image.open(io.BytesIO(decoded[1])) as second:
         second.load()
-    for text in ("Digits & <friends>", "raw <pixels>", "1 < 2 & so on", "91.25", "linear %"):
+    for text in ("Digits & <friends>", "raw <pixels>", "1 < 2 & <b>so</b> on", "91.25", "linear %"):
         assert text in reader.text
     assert reader.tags.count("table") == 1
     assert reader.tags.count("tr") == 3

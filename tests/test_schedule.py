@@ -1,5 +1,7 @@
 """Schedules: recorded values, exact ends, conversions, posterior, the times of a sampler."""
 
+import itertools
+
 import pytest
 import torch
 from small import generator
@@ -141,7 +143,7 @@ def test_times_fall_from_the_end_to_zero(num_steps: int) -> None:
     assert len(times) == num_steps + 1
     assert times[0] == 1000
     check_times(times, 1000)
-    gaps = [a - b for a, b in zip(times, times[1:], strict=False)]
+    gaps = [a - b for a, b in itertools.pairwise(times)]
     assert max(gaps) - min(gaps) <= 1
 
 

@@ -27,7 +27,7 @@ from unveil import cli, recipes
 from unveil import train as train_module
 from unveil.checkpoint import WEIGHTS, load_model, read_header
 from unveil.config import Recipe, to_dict
-from unveil.data import Samples, open_source
+from unveil.data import Samples, batches, open_source
 from unveil.losses import Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.train import Run, lock, lr_factor, optimizer_for, running_average, train
@@ -97,6 +97,36 @@ def test_a_recipe_overfits_eight_clips_and_repeats_its_recorded_losses(variant: 
 
 def test_every_variant_has_recorded_losses() -> None:
     assert list(json.loads(RECORDED.read_text())) == list(OVERFIT)
+
+
+@pytest.mark.parametrize("variant", ["diffmae", "mae", "diffmae nothing hidden"])
+def test_every_epoch_has_its_own_draws_and_a_sample_its_own(variant: str) -> None:
+    name, arguments, _ = OVERFIT[variant]
+    recipe = recipes.RECIPES[name](**{**arguments, "height": 32})
+    schedule = MaskedDiffusionAutoencoder(recipe).schedule
+    first, later, again = (draw(recipe, schedule, 0, epoch, [3, 8, 3]) for epoch in (0, 1, 0))
+    for part in ("t", "noise"):
+        ours, theirs, repeated = (getattr(d, part) for d in (first, later, again))
+        if ours is not None:
+            assert torch.equal(ours, repeated)
+            assert torch.equal(ours[0], ours[2])
+            assert not torch.equal(ours[0], ours[1])
+            assert not torch.equal(ours[0], theirs[0])
+    if recipe.branch.mask_ratio:
+        assert torch.equal(first.mask.hidden[0], first.mask.hidden[2])
+        assert not torch.equal(first.mask.hidden[0], first.mask.hidden[1])
+        assert not torch.equal(first.mask.hidden[0], later.mask.hidden[0])
+
+
+def test_every_epoch_has_its_own_order(pictures: Path) -> None:
+    clip = photo_recipe().clip
+    samples = Samples(open_source(str(pictures), 3), clip, 0, None)
+    loader = batches(samples, 4, epoch=0, seed=0, shuffle=True, drop_last=True, num_workers=0)
+    orders = []
+    for loader.batch_sampler.epoch in (0, 1, 0):  # type: ignore[union-attr]
+        orders.append([i for batch in loader for i in batch.indices.tolist()])
+    assert orders[0] == orders[2] != orders[1]
+    assert len(set(orders[0])) == len(orders[0]) == 24
 
 
 def test_lr_warms_up_and_falls_to_zero() -> None:
@@ -311,17 +341,17 @@ def test_resumed_with_workers_equals_uninterrupted(
 
 
 def start(*words: str) -> subprocess.Popen[bytes]:
+    """The command in a process of its own; without pipes, whose end would wait for its workers to end too."""
     program = "import sys; from unveil.cli import main; main(sys.argv[1:])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=nothing, stderr=nothing)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -349,7 +379,7 @@ def test_a_killed_process_is_taken_up_again(
     process = start(*digits_command(run, "--workers", workers))
     wait_for((run / "state.pt").exists, process)
     process.send_signal(how)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     assert 0 < torch.load(run / "state.pt", weights_only=True)["step"] < 150
     assert len(list(run.glob(".*.part"))) <= (how == signal.SIGKILL)  # of the write that the kill interrupted
@@ -414,7 +444,7 @@ def read_problems(out: Path, used: bool = False) -> dict[str, str]:
 
 def test_bad_files_are_counted_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = bad_folder(tmp_path / "data")
-    settings = "pretrain --size Nano/4 --image-size 8 --epochs 2 --batch-size 4 --json"
+    settings = "pretrain --size Nano/4 --image-size 8 --epochs 2 --batch-size 100 --json"
     cli.main([*settings.split(), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])

@@ -111,6 +111,17 @@ def check_tensors(path: Path, expected: dict[str, tuple[int, ...]], found: dict[
             raise ValueError(f"Checkpoint {path} holds {name!r} as {found[name]}, but its recipe makes it {shape}.")
 
 
+def pick_device(device: str | None) -> str:
+    """The device that was asked for, if it can be used; otherwise CUDA if there is one, else the CPU."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
     """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
     recipe, about, found = read_header(path)

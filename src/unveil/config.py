@@ -141,16 +141,13 @@ class Decoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How fast a clip turns into noise over num_steps steps; every beta is raised to the power rho."""
+    """How fast a clip turns into noise over 1,000 steps; every beta is raised to the power rho."""
 
     kind: ScheduleKind
-    num_steps: int = 1000
     rho: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("Schedule", "kind", self.kind, ScheduleKind)
-        if self.num_steps < 1:
-            raise ValueError(f"Schedule has num_steps={self.num_steps}; it must be at least 1.")
         if self.rho <= 0:
             raise ValueError(f"Schedule has rho={self.rho}; it must be above 0 (towards 0 every step is pure noise).")
 

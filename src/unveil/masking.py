@@ -19,6 +19,12 @@ class Mask:
     def to(self, device: torch.device | str) -> "Mask":
         return Mask(self.visible.to(device, non_blocking=True), self.hidden.to(device, non_blocking=True))
 
+    def flags(self) -> Tensor:
+        """The same as (B, N) bool, True = hidden."""
+        num_tokens = self.visible.shape[1] + self.hidden.shape[1]
+        flags = torch.zeros(len(self.hidden), num_tokens, dtype=torch.bool, device=self.hidden.device)
+        return flags.scatter(1, self.hidden, True)
+
 
 def gather(tokens: Tensor, indices: Tensor) -> Tensor:
     """Pick tokens by index: (B, N, P) and (B, M) to (B, M, P)."""

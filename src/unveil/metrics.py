@@ -18,7 +18,13 @@ def _ridge(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, penalt
     x, z = standardise(train, test)
     y = F.one_hot(labels, num_classes).double() * 2 - 1
     bias = y.mean(0)  # standardised features have mean 0, so the bias stands alone
-    gram, moments, identity = x.T @ x / len(x), x.T @ (y - bias) / len(x), torch.eye(x.shape[1], dtype=x.dtype)
+    n, D = x.shape
+    if n < D:  # the same solution from n equations instead of D, for raw pixels have thousands: X'(XX' + n l2 I)^-1 Y
+        gram, similarity, identity = x @ x.T, z @ x.T, torch.eye(n, dtype=x.dtype)
+        return [
+            (similarity @ torch.linalg.solve(gram + n * l2 * identity, y - bias) + bias).argmax(1) for l2 in penalties
+        ]
+    gram, moments, identity = x.T @ x / n, x.T @ (y - bias) / n, torch.eye(D, dtype=x.dtype)
     return [(z @ torch.linalg.solve(gram + l2 * identity, moments) + bias).argmax(1) for l2 in penalties]
 
 

@@ -34,11 +34,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
         super().__init__()
         self.recipe = recipe
         clip, e, d, noise_on = recipe.clip, recipe.encoder, recipe.decoder, recipe.branch.noise_on
-        self.schedule = (
-            DiscreteSchedule(recipe.schedule.kind, recipe.schedule.num_steps, recipe.schedule.rho)
-            if recipe.schedule
-            else None
-        )
+        self.schedule = DiscreteSchedule(recipe.schedule.kind, rho=recipe.schedule.rho) if recipe.schedule else None
         self.encoder = Encoder(
             grid=clip.grid,
             token_dim=clip.token_dim,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.config import check_choice
-from unveil.masking import gather, group_rows, scatter, tokens_touched
+from unveil.config import Clip, check_choice, nearest
+from unveil.masking import draw_mask, gather, group_rows, scatter, tokens_touched
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.sampling import ddim, ddpm
-from unveil.tokens import patchify
+from unveil.tokens import Grid, patchify
 
 Sampler = Literal["ddpm", "ddim"]
 
@@ -124,6 +124,34 @@ def repaint(
     return result
 
 
+NAMED_MASKS = {"random": 0.75, "center": 0.25, "tube": 0.75}
+
+
+def named_holes(clip: Clip, mask: str, indices: Sequence[int], seed: int) -> Tensor:
+    """The holes that a word and a share name, for the clips with these indices, as pixels (B, T, H, W).
+
+    Args:
+        mask: random:SHARE of the tokens, center:SHARE of the area, or tube:SHARE of the places in every frame; without a
+            share, the usual one. The holes of a clip depend on (seed, its index) alone.
+
+    Raises:
+        ValueError: the word is unknown, or the share is no number from 0 to 1.
+    """
+    name, _, share = mask.partition(":")
+    if name not in NAMED_MASKS:
+        raise ValueError(
+            f"The mask {mask!r} is unknown: name one with its share, as random:0.75. {nearest(name, NAMED_MASKS)}"
+        )
+    try:
+        value = float(share) if share else NAMED_MASKS[name]
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ValueError(f"The mask {mask!r} needs a share from 0 to 1, as in {name}:{NAMED_MASKS[name]}.")
+    drawn = draw_mask(name, [draws.generator(seed, i, "evaluation mask") for i in indices], clip.grid, value)
+    return pixels_of(drawn.flags(), clip.grid, clip.patch_size, clip.tubelet_size)
+
+
 def predict(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, *, seed: int = 0) -> Tensor:
     """The single prediction at t = T, (B, C, T, H, W): a mean, so blurry, and the best in decibels."""
     return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed)[:, 0]
@@ -134,8 +162,8 @@ def masked_view(clips: Tensor, holes: Tensor, gray: float = 0.5) -> Tensor:
     return torch.where(holes[:, None], torch.full_like(clips, gray), clips)
 
 
-def pixels_of(hidden: Tensor, grid: tuple[int, int, int], patch_size: int, tubelet_size: int = 1) -> Tensor:
-    """A token mask (B, N) as the pixel mask (B, T, H, W) that it covers."""
+def pixels_of(hidden: Tensor, grid: Grid, patch_size: int, tubelet_size: int = 1) -> Tensor:
+    """Hidden tokens (B, N) bool as the pixel mask (B, T, H, W) that they cover."""
     blocks = hidden.reshape(len(hidden), *grid)
     for dim, size in ((1, tubelet_size), (2, patch_size), (3, patch_size)):
         blocks = blocks.repeat_interleave(size, dim)

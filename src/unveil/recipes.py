@@ -4,6 +4,7 @@ MAE       He et al. 2022, arXiv 2111.06377, and its official code
 DiffMAE   Wei et al. 2023, arXiv 2304.03283; no official code exists
 """
 
+import dataclasses
 import math
 
 from unveil.config import (
@@ -43,6 +44,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_TRAINING = Training(
     epochs=100, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decay=0.999
 )
+# Nano is for digits: eight pixels leave nothing to crop, and a mirrored 2 is no 2.
+NANO_TRAINING = dataclasses.replace(SMALL_TRAINING, crop_scale=1.0, flip=False)
 
 
 def stage_ends(encoder_depth: int, decoder_depth: int) -> tuple[int, ...]:
@@ -90,7 +93,7 @@ def _decoder(name: str, kind: DecoderKind) -> Decoder:
 def _training(name: str, epochs: int) -> Training:
     """MAE's ImageNet recipe (its PRETRAIN.md) from Ti on."""
     if name in ("Nano", "Micro"):
-        return SMALL_TRAINING
+        return NANO_TRAINING if name == "Nano" else SMALL_TRAINING
     return Training(epochs=epochs, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
 
 

@@ -172,10 +172,7 @@ def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0
         return contact_sheet([("data", list(clips)), (f"generated from nothing, {SHEET_STEPS} DDIM steps", list(made))])
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
     mask = draw_mask(branch.masking, generators, sizes.grid, branch.mask_ratio).to(clips.device)
-    hidden = torch.zeros(len(clips), sizes.num_tokens, dtype=torch.bool, device=clips.device).scatter(
-        1, mask.hidden, True
-    )
-    holes = pixels_of(hidden, sizes.grid, sizes.patch_size, sizes.tubelet_size)
+    holes = pixels_of(mask.flags(), sizes.grid, sizes.patch_size, sizes.tubelet_size)
     rows = [
         ("truth", list(clips)),
         (f"what the encoder sees ({branch.mask_ratio:.0%} hidden)", list(masked_view(clips, holes))),

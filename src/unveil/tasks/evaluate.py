@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unveil import draws
-from unveil.checkpoint import load_model
+from unveil.checkpoint import load_model, pick_device
 from unveil.data import Samples, batches, open_source
-from unveil.masking import center_tokens, random_mask
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, pixels_of, repaint
-from unveil.tasks.pretrain import pick_device
+from unveil.pipeline import Sampler, named_holes, repaint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,7 @@ class Evaluate:
     data: str
     """Held-out pictures, as for pretrain."""
     mask: str = "random:0.75"
-    """random:SHARE of the tokens, or center:SHARE of the area."""
+    """random:SHARE of the tokens, center:SHARE of the area, or tube:SHARE of the places in every frame."""
     limit: int = 256
     """How many pictures, from the first on."""
     num_samples: int = 8
@@ -44,35 +41,6 @@ class Evaluate:
     """Pictures at once; no effect on the result."""
     device: str = "cpu"
     """cpu or cuda."""
-
-
-def parse_mask(text: str) -> tuple[str, float]:
-    """'random:0.75' or 'center:0.25' as a name and a share; the share may be left out."""
-    name, _, share = text.partition(":")
-    default = {"random": 0.75, "center": 0.25}
-    if name not in default:
-        raise ValueError(f"--mask {text!r} is no mask: use random:SHARE or center:SHARE, as in random:0.75.")
-    try:
-        value = float(share) if share else default[name]
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise ValueError(
-            f"--mask {text!r}: the share must be a number above 0 and below 1, as in {name}:{default[name]}."
-        )
-    return name, value
-
-
-def holes_for(model: MaskedDiffusionAutoencoder, mask: str, indices: list[int], seed: int) -> Tensor:
-    """The named mask for the samples with these indices, as pixels (B, T, H, W)."""
-    name, share = parse_mask(mask)
-    sizes = model.recipe.clip
-    if name == "center":
-        hidden = center_tokens(sizes.grid, share).expand(len(indices), -1)
-    else:
-        drawn = random_mask([draws.generator(seed, i, "evaluation mask") for i in indices], sizes.grid, share)
-        hidden = torch.zeros(len(indices), sizes.num_tokens, dtype=torch.bool).scatter(1, drawn.hidden, True)
-    return pixels_of(hidden, sizes.grid, sizes.patch_size, sizes.tubelet_size)
 
 
 def score(
@@ -148,7 +116,9 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
             continue
         take = min(len(batch.clips), options.limit - done)
         indices = batch.indices[:take].tolist()
-        holes = holes_for(model, options.mask, indices, options.seed).to(device)
+        holes = named_holes(clip, options.mask, indices, options.seed).to(device)
+        if not holes.any():
+            raise ValueError(f"--mask {options.mask} hides nothing, so there is nothing to score. Use a larger share.")
         parts.append(
             score(
                 model,

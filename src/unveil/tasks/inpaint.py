@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unveil.checkpoint import load_model
+from unveil.checkpoint import load_model, pick_device
 from unveil.data import BadPicture, Source, open_source
-from unveil.masking import center_tokens, random_mask
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, masked_view, pixels_of, predict, repaint
+from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes, predict, repaint
 from unveil.report import contact_sheet, save_png
-from unveil.tasks.pretrain import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,8 @@ class Inpaint:
     out: Path
     """Directory for the results."""
     mask: str = "random:0.75"
-    """What to repaint: random:SHARE of the patches, center:SHARE of the area, or a picture of the same size that is
-    white where it is to be repainted."""
+    """What to repaint: random:SHARE of the patches, center:SHARE of the area, tube:SHARE of the places in every frame, or
+    a picture of the same size that is white where it is to be repainted."""
     num_samples: int = 4
     """Different answers for each picture."""
     num_steps: int = 50
@@ -50,27 +48,6 @@ class Inpaint:
     """Draws random masks and the noise."""
     device: str = "cpu"
     """cpu or cuda."""
-
-
-def _model_mask(text: str, model: MaskedDiffusionAutoencoder, seed: int) -> Tensor | None:
-    """The pixel mask (1, T, H, W) at the model's size of random:SHARE or center:SHARE; None if text names neither."""
-    name, _, share_text = text.partition(":")
-    defaults = {"random": 0.75, "center": 0.25}
-    if name not in defaults:
-        return None
-    try:
-        share = float(share_text) if share_text else defaults[name]
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise ValueError(f"--mask {text!r}: the share must be a number from 0 to 1, as in {name}:{defaults[name]}.")
-    sizes = model.recipe.clip
-    if name == "center":
-        hidden = center_tokens(sizes.grid, share)[None]
-    else:
-        drawn = random_mask([torch.Generator().manual_seed(seed)], sizes.grid, share)
-        hidden = torch.zeros(1, sizes.num_tokens, dtype=torch.bool).scatter(1, drawn.hidden, True)
-    return pixels_of(hidden, sizes.grid, sizes.patch_size, sizes.tubelet_size)
 
 
 def _read_mask(path: str) -> Tensor:
@@ -143,8 +120,8 @@ def _hole_of(
     """The hole at the model's size (1, T, H, W) and at the picture's (T, H, W)."""
     sizes = model.recipe.clip
     T, H, W = shape
-    ours = _model_mask(options.mask, model, options.seed + index)
-    if ours is not None:
+    if options.mask.partition(":")[0] in NAMED_MASKS:
+        ours = named_holes(sizes, options.mask, [index], options.seed)
         return ours, F.interpolate(ours.float(), (H, W), mode="nearest")[0].bool()
     mask = _read_mask(options.mask)
     if tuple(mask.shape) != (H, W):

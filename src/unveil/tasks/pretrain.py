@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from unveil import recipes
+from unveil.checkpoint import pick_device
 from unveil.config import DecoderKind, Masking, Recipe, ScheduleKind, Target
 from unveil.data import Samples, decoded_bytes, open_source
 from unveil.train import Precision, Progress, Run, train
@@ -66,9 +67,9 @@ class Pretrain:
     warmup_epochs: float | None = None
     """Epochs of linear warm-up."""
     crop_scale: float | None = None
-    """Smallest share of the area that a random crop keeps; 1 for no cropping."""
+    """Smallest share of the area that a random crop keeps; 1 for no cropping. Default 0.2; 0.4 for Micro, 1 for Nano."""
     flip: bool | None = None
-    """Mirror half of the pictures. Off for digits."""
+    """Mirror half of the pictures. Default: yes, but not for digits and Nano."""
     ema_decay: float | None = None
     """Decay of the running average of the weights, which is what is saved for use."""
 
@@ -121,22 +122,11 @@ def recipe_of(options: Pretrain) -> Recipe:
     training = {"epochs": options.epochs, "batch_size": options.batch_size, "base_lr": options.blr}
     for name in ("warmup_epochs", "crop_scale", "flip", "ema_decay"):
         training[name] = getattr(options, name)
-    if built_in:  # a mirrored 2 is no 2, and eight pixels leave nothing to crop
-        training["flip"] = bool(options.flip)
-        training["crop_scale"] = 1.0 if options.crop_scale is None else options.crop_scale
+    if built_in:  # digits at any size are augmented as the size meant for them is
+        training["flip"] = recipes.NANO_TRAINING.flip if options.flip is None else options.flip
+        training["crop_scale"] = options.crop_scale or recipes.NANO_TRAINING.crop_scale
     changed = {name: value for name, value in training.items() if value is not None}
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changed))
-
-
-def pick_device(device: str | None) -> str:
-    """The device that was asked for, if it can be used; otherwise CUDA if there is one, else the CPU."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:

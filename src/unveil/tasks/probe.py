@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import load_model
+from unveil.checkpoint import load_model, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, open_source
 from unveil.features import Pool, encoder_features, extract, raw_pixels
 from unveil.metrics import accuracy, choose_ridge, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.tasks.pretrain import pick_device
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEW_LABEL_DRAWS = 5
