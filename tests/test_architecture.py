@@ -106,6 +106,12 @@ def test_every_floor_has_its_module() -> None:
     assert {module.split("/")[0] for module in MODULES} == set(FLOORS)
 
 
+def test_samplers_see_a_schedule_and_a_callable() -> None:
+    """So they cannot learn about masks or encoders."""
+    ours = {our_path(imported) for imported, _ in imports("sampling")}
+    assert ours == {None, "schedule"}
+
+
 def test_no_drawers() -> None:
     assert not {"utils", "base", "registry", "helpers", "common"} & {module.split("/")[-1] for module in MODULES}
 

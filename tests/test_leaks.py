@@ -276,6 +276,7 @@ def test_each_decoder_block_reads_its_own_tap(decoder: str) -> None:
         block.register_forward_hook(lambda module, arguments, output, i=i: outputs.update({i: output}))
     context = model.prepare(gather(model.tokens(clips), draws.mask.visible), draws.mask.visible)
     norms = [model.encoder.norm, *list(model.decoder.tap_norms)[1:]]
+    assert all(isinstance(norm, nn.LayerNorm) for norm in norms)
     for block, norm, tap, (k, v) in zip(model.decoder.blocks, norms, (5, 4, 2), context, strict=True):
         keys, values = block.cross_attn.kv(norm(outputs[tap])).chunk(2, dim=-1)
         assert torch.equal(k.transpose(1, 2).flatten(2), keys)
@@ -339,6 +340,19 @@ def test_repaint_never_reads_a_hole_and_never_touches_the_rest(
     inside = result[everywhere]
     assert ((inside >= 0) & (inside <= 1)).all()
     assert (inside != clips[:, None].expand_as(result)[everywhere]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("finer", [False, True], ids=["tokens", "pixels"])
+def test_the_denoiser_is_not_even_handed_a_hole(finer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = painter("cross_self")
+    handed: list[Tensor] = []
+    denoiser = model.denoiser
+    monkeypatch.setattr(model, "denoiser", lambda x0, *arguments: (handed.append(x0), denoiser(x0, *arguments))[1])
+    clips = clips_for(model.recipe, 1)
+    holes = pixel_holes(model.recipe, 1) if finer else token_holes(model.recipe, 1, 9)
+    for content in (clips, 1 - clips):
+        repaint(model, torch.where(holes[:, None], content, clips), holes, num_steps=1)
+    assert torch.equal(handed[0], handed[1])
 
 
 @pytest.mark.parametrize("name", ["cross_self", "cross", "joint"])

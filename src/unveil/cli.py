@@ -57,7 +57,7 @@ def _tell_pretrain(result: dict[str, Any]) -> None:
     state = "Finished" if result["finished"] else "Interrupted and saved; the same command goes on from here"
     say(
         f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen, "
-        f"loss {result['loss']:.4f}."
+        + ("" if result["loss"] is None else f"loss {result['loss']:.4f}.")
     )
     if result["skipped"]:
         say(f"{result['skipped']} files could not be used.")
@@ -81,6 +81,7 @@ def _tell_evaluate(result: dict[str, Any]) -> None:
     for name, value in result["psnr"].items():
         say(f"  {name.replace('_', ' '):<14}{value:7.2f} dB")
     if "std" in result:
+        say(f"The samples' mean beats every sample on {result['mean_beats_all']:.0%} of the pictures.")
         say(f"Deviation between {result['num_samples']} samples: {result['std']:.3f} of the range.")
         say(f"Sharpness (Laplacian energy of the samples over the truth's): {result['sharpness']:.2f}.")
 

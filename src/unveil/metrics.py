@@ -89,8 +89,8 @@ def hole_mse(painted: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
 
 
 def psnr(mse: Tensor) -> Tensor:
-    """Decibels for values in [0, 1]."""
-    return -10 * mse.log10()
+    """Decibels for values in [0, 1]; 100 at most, so that a perfect picture has a finite number."""
+    return -10 * mse.clamp(min=1e-10).log10()
 
 
 def laplacian_energy(clip: Tensor, hole: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import signal
 import time
 from collections import Counter
@@ -74,9 +75,17 @@ class Progress:
 
 
 class Metrics:
-    """Numbers of a run as JSON lines, and as tensorboard scalars if that is installed."""
+    """Numbers of a run as JSON lines, and as tensorboard scalars if that is installed.
 
-    def __init__(self, out: Path) -> None:
+    Records after `step`, of steps that were lost with a killed process and will be made again, are dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        path = out / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
         self._file = (out / METRICS).open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -99,6 +108,19 @@ class Metrics:
             self._board.close()
 
 
+_locks: list[Any] = []
+
+
+def _drop_locks() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+# A forked data worker would share the lock and keep it for seconds after its parent was killed.
+os.register_at_fork(after_in_child=_drop_locks)
+
+
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Keep a second process out of a run directory."""
@@ -108,7 +130,11 @@ def lock(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{out} is in use by another run. Wait for it, or choose another directory.") from None
-        yield
+        _locks.append(file)
+        try:
+            yield
+        finally:
+            _locks.remove(file)
 
 
 @contextlib.contextmanager
@@ -199,6 +225,10 @@ def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0
 def _check_same_run(out: Path, config: dict[str, Any]) -> None:
     """Refuse a directory that holds another run, and name the first difference."""
     path = out / CONFIG
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file, and a run needs a directory. Choose another name.")
     if not path.exists():
         strangers = [p.name for p in out.iterdir() if p.name != ".lock"]
         if strangers:
@@ -216,7 +246,7 @@ def _check_same_run(out: Path, config: dict[str, Any]) -> None:
         elif a != b:
             yield f"{where} was {a!r} and is now {b!r}"
 
-    for part in ("recipe", "data", "seed"):
+    for part in ("recipe", "data", "seed", "num_samples"):
         # through JSON, so that tuples compare as the lists they were written as
         for difference in differences(before.get(part), json.loads(json.dumps(config[part])), part):
             raise ValueError(
@@ -250,10 +280,7 @@ class Trainer:
         assert isinstance(self.order, Order)
         self.steps_per_epoch = len(self.order)
         self.num_steps = training.epochs * self.steps_per_epoch
-        warmup = min(round(training.warmup_epochs * self.steps_per_epoch), self.num_steps // 2)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, self.num_steps, warmup)
-        )
+        self.warmup_steps = min(round(training.warmup_epochs * self.steps_per_epoch), self.num_steps // 2)
         self.step = 0
         self.images_seen = 0
         self.problems: dict[str, str] = {s.where: s.reason for s in samples.source.skipped}
@@ -268,6 +295,10 @@ class Trainer:
             self.order.first_batch = self.step - epoch * self.steps_per_epoch
             yield from self.loader
 
+    def lr(self) -> float:
+        """The learning rate of the current step."""
+        return self.recipe.training.lr * lr_factor(self.step, self.num_steps, self.warmup_steps)
+
     def save(self) -> None:
         """Write the state to resume from, the averaged weights, the contact sheet, and what was wrong with the data."""
         out, run = self.run.out, self.run
@@ -275,9 +306,10 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "step": self.step,
             "images_seen": self.images_seen,
+            "problems": self.problems,
+            "notes": self.notes,
         }
         about = About(step=self.step, images_seen=self.images_seen, ema=True, data=run.data, command=run.command)
         save_weights(out / WEIGHTS, self.recipe, self.average.module.state_dict(), about)
@@ -303,10 +335,14 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.run.device, weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} cannot be read ({error}). Remove it to start over; the weights stay.") from None
-        for name in ("model", "average", "optimizer", "scheduler"):
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}). Remove it to start over; the weights stay."
+            ) from None
+        for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.images_seen = state["step"], state["images_seen"]
+        self.problems |= state["problems"]
+        self.notes |= state["notes"]
         return True
 
     def note(self, batch: Batch) -> None:
@@ -331,26 +367,33 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
     Raises:
         ValueError: the directory holds another run or is in use, no sample is readable, or the loss is no number.
     """
+    config = {
+        "recipe": to_dict(recipe),
+        "data": run.data,
+        "seed": run.seed,
+        "num_samples": len(samples),
+        "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
+        "version": __version__,
+    }
+    _check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
     with lock(run.out), interruptible() as interrupted:
-        config = {
-            "recipe": to_dict(recipe),
-            "data": run.data,
-            "seed": run.seed,
-            "num_samples": len(samples),
-            "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
-            "version": __version__,
-        }
-        _check_same_run(run.out, config)
         trainer = Trainer(recipe, samples, run)
         resumed = trainer.load()
         if not resumed:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
-        metrics = Metrics(run.out)
+        metrics = Metrics(run.out, trainer.step)
         try:
             outcome = _loop(trainer, metrics, interrupted, on_progress)
         finally:
             metrics.close()
     return {"out": str(run.out), "resumed": resumed, **outcome}
+
+
+def last_loss(out: Path) -> float | None:
+    """The loss of the last record of a run; None before the first."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1])["loss"] if lines else None
 
 
 def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
@@ -362,18 +405,23 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
     waiting = 0.0
     losses: list[Tensor] = []
     images = 0
-    loss = math.nan
+    loss = last_loss(run.out)
 
     def record() -> None:
         nonlocal losses, images, waiting, last_record, loss
         now = time.perf_counter()
         loss = torch.stack(losses).mean().item()  # the only wait for the device, once for each record
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss became {loss} at step {trainer.step}. The last save in {run.out} is from before; use a smaller "
+                "--blr, or --precision fp32."
+            )
         metrics.write(
             {
                 "step": trainer.step,
                 "images_seen": trainer.images_seen,
                 "loss": loss,
-                "lr": float(trainer.scheduler.get_last_lr()[0]),
+                "lr": trainer.lr(),
                 "images_per_second": images / (now - last_record),
                 "data_wait": waiting / (now - last_record),
             }
@@ -382,11 +430,6 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
             speed = images / (now - last_record)
             on_progress(Progress(trainer.step, trainer.num_steps, trainer.images_seen, loss, speed))
         losses, images, waiting, last_record = [], 0, 0.0, now
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"The loss became {loss} at step {trainer.step}. The last save in {run.out} is from before; use a smaller "
-                "--blr, or --precision fp32."
-            )
 
     asked = time.perf_counter()
     for batch in trainer.epochs():
@@ -399,12 +442,13 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
                 value, _ = objective(batch.clips.to(device, non_blocking=True), drawn)
             trainer.optimizer.zero_grad(set_to_none=True)
             value.backward()
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = trainer.lr()
             trainer.optimizer.step()
             trainer.average.update_parameters(trainer.model)
             losses.append(value.detach())
             images += len(batch.clips)
             trainer.images_seen += len(batch.clips)
-        trainer.scheduler.step()
         trainer.step += 1
         now = time.perf_counter()
         last = trainer.step == trainer.num_steps

@@ -82,6 +82,7 @@ def score(
             reimpose_known=reimpose_known,
         )
         each = torch.stack([hole_mse(samples[:, s], clips, holes) for s in range(num_samples)])
+        figures["each_sample"] = each.T
         figures["sample"] = each.mean(0)
         figures["best_sample"] = each.amin(0)
         figures["sample_mean"] = hole_mse(samples.mean(1), clips, holes)
@@ -99,7 +100,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Returns:
         "psnr": for each kind of filling, mean over pictures of the PSNR inside the hole, in dB; "std", the deviation
         between samples in units of the range; "sharpness", Laplacian energy of the samples over the truth's; and
-        "mean_beats_each", the share of pictures whose samples' mean has a smaller error than the average sample.
+        "psnr_of_each_sample", the mean PSNR of first samples, second ones, and so on; "mean_beats_all", the share of
+        pictures whose samples' mean has a smaller error than every one of the samples.
     """
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
@@ -138,11 +140,12 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         raise ValueError(f"No picture of {options.data} can be read, so there is nothing to score.")
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     result: dict[str, Any] = {"pictures": done, "mask": options.mask, "num_samples": options.num_samples}
-    errors = [name for name in figures if name not in ("std", "laplacian_truth", "laplacian_samples")]
+    errors = [name for name in figures if name not in ("std", "laplacian_truth", "laplacian_samples", "each_sample")]
     result["psnr"] = {name: psnr(figures[name]).mean().item() for name in errors}
     if "std" in figures:
         result["std"] = figures["std"].mean().item()
         result["sharpness"] = (figures["laplacian_samples"].sum() / figures["laplacian_truth"].sum()).item()
-        result["mean_beats_each"] = (figures["sample_mean"] < figures["sample"]).double().mean().item()
+        result["psnr_of_each_sample"] = psnr(figures["each_sample"]).mean(0).tolist()
+        result["mean_beats_all"] = (figures["sample_mean"] < figures["best_sample"]).double().mean().item()
         result["num_steps"], result["sampler"] = options.num_steps, options.sampler
     return result

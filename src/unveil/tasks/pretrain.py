@@ -124,7 +124,8 @@ def recipe_of(options: Pretrain) -> Recipe:
         training[name] = getattr(options, name)
     if built_in:  # digits at any size are augmented as the size meant for them is
         training["flip"] = recipes.NANO_TRAINING.flip if options.flip is None else options.flip
-        training["crop_scale"] = options.crop_scale or recipes.NANO_TRAINING.crop_scale
+        if options.crop_scale is None:
+            training["crop_scale"] = recipes.NANO_TRAINING.crop_scale
     changed = {name: value for name, value in training.items() if value is not None}
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changed))
 
@@ -150,6 +151,6 @@ def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None =
         precision=options.precision,
         compile=options.compile,
         save_minutes=options.save_minutes,
-        command=shlex.join(["unveil", *sys.argv[1:]]),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
     return train(recipe, samples, run, on_progress)
