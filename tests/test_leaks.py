@@ -418,6 +418,8 @@ def test_a_pictures_samples_do_not_depend_on_its_batch(name: str, sampler: Any) 
         assert not torch.equal(together[0, 0], together[0, 1])
         other = repaint(model, clips, holes, num_samples=2, first_index=11, **settings)
         assert not torch.equal(other[0], together[0])
+        other = repaint(model, clips, holes, num_samples=2, first_index=10, **{**settings, "seed": 8})
+        assert not torch.equal(other[0], together[0])
 
 
 @pytest.mark.parametrize("variant", ["diffmae all hidden", "diffmae nothing hidden", "diffmae nothing hidden, eps"])

@@ -148,7 +148,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("Schedule", "kind", self.kind, ScheduleKind)
-        if self.rho <= 0:
+        if not self.rho > 0:
             raise ValueError(f"Schedule has rho={self.rho}; it must be above 0 (towards 0 every step is pure noise).")
 
 
@@ -216,7 +216,7 @@ class Training:
             raise ValueError(
                 f"Training has epochs={self.epochs} and batch_size={self.batch_size}; both must be at least 1."
             )
-        if self.base_lr <= 0:
+        if not self.base_lr > 0:
             raise ValueError(f"Training has base_lr={self.base_lr}; it must be above 0.")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
@@ -224,7 +224,7 @@ class Training:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Training has ema_decay={self.ema_decay}; it must be at least 0 and below 1.")
-        if self.warmup_epochs < 0:
+        if not self.warmup_epochs >= 0:
             raise ValueError(f"Training has warmup_epochs={self.warmup_epochs}; it cannot be negative.")
 
     @property
@@ -282,7 +282,9 @@ def _from_value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, where)
     if typing.get_origin(kind) is tuple:
-        return tuple(value)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {value!r}, but it must be a list.")
+        return tuple(_from_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wanted = kind if isinstance(kind, type) else str

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from unveil.config import Recipe
-from unveil.masking import mask_from_scores
+from unveil.masking import draw_mask
 
 FREQUENCY_DIM = 256
 
@@ -36,9 +38,8 @@ def _self_attention(length: int, width: int) -> int:
 
 def masked_step(recipe: Recipe) -> Cost:
     """Multiply-adds of the forward pass of one clip of a training step; norms, softmax and GELU are not counted."""
-    import torch
-
-    mask = mask_from_scores(torch.zeros(1, recipe.clip.num_tokens), recipe.branch.mask_ratio)
+    branch = recipe.branch
+    mask = draw_mask(branch.masking, [torch.Generator()], recipe.clip.grid, branch.mask_ratio)
     V, M, P = mask.visible.shape[1], mask.hidden.shape[1], recipe.clip.token_dim
     e, d = recipe.encoder, recipe.decoder
 

@@ -63,6 +63,9 @@ def center_tokens(grid: Grid, mask_ratio: float) -> Tensor:
 
     Both sides take the same share of the grid and are centred on it exactly; at mask_ratio 0.25 of a 16x16 grid this
     is the paper's 8x8 block.
+
+    Raises:
+        ValueError: the grid is too coarse for that share.
     """
     t, h, w = grid
 
@@ -74,6 +77,11 @@ def center_tokens(grid: Grid, mask_ratio: float) -> Tensor:
 
     block = torch.zeros(t, h, w, dtype=torch.bool)
     block[:, span(h), span(w)] = True
+    if block.any() != (mask_ratio > 0) or block.all() != (mask_ratio == 1):
+        raise ValueError(
+            f"A centre block of {mask_ratio:.0%} on a grid of {h} x {w} tokens would hide {'all' if block.any() else 'none'} "
+            "of them, for it grows on both sides at once. Use another share, or smaller patches."
+        )
     return block.flatten()
 
 
@@ -85,7 +93,8 @@ def draw_mask(masking: str, generators: Sequence[torch.Generator], grid: Grid, m
         return tube_mask(generators, grid, mask_ratio)
     assert masking == "center", masking
     hidden = center_tokens(grid, mask_ratio).expand(len(generators), -1)
-    return mask_from_scores(hidden.to(torch.int8), hidden[0].float().mean().item())
+    ((_, mask),) = group_rows(hidden)
+    return mask
 
 
 def tokens_touched(pixels: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
