@@ -19,7 +19,7 @@ from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import masked_view, named_holes, predict, repaint
-from unveil.report import Page, contact_sheet, curve
+from unveil.report import Page, contact_sheet, curve, save_png
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
@@ -138,7 +138,9 @@ def main() -> None:
         ("sampled in 10 DDIM steps", list(few)),
         *((f"another sample of the same hole, 50 DDPM steps ({i + 1})", list(painted[:, i])) for i in range(4)),
     ]
-    page.picture(contact_sheet(rows, cell=64), "Held-out digits; the visible pixels are kept exactly")
+    sheet = contact_sheet(rows, cell=64)
+    save_png(OUT / "repaint.png", sheet)
+    page.picture(sheet, "Held-out digits; the visible pixels are kept exactly")
     page.table(
         ["filling of the hole", "random 75 %, dB", "centre block, dB"],
         [
