@@ -294,11 +294,11 @@ REFUSALS: list[tuple[Callable[[], object], str]] = [
         lambda: Training(**{**TRAINING, "batch_size": 0}),
         "Training has epochs=1 and batch_size=0; both must be at least 1.",
     ),
-    (lambda: Training(**{**TRAINING, "base_lr": 0.0}), "Training has base_lr=0.0; it must be above 0."),
+    (lambda: Training(**{**TRAINING, "base_lr": 0.0}), "Training has base_lr=0.0; it must be a number above 0."),
     (lambda: Training(**TRAINING, crop_scale=0.0), "crop_scale=0.0; it is a share of the area, above 0 and at most 1."),
     (lambda: Training(**TRAINING, crop_scale=1.1), "crop_scale=1.1; it is a share of the area, above 0 and at most 1."),
     (lambda: Training(**TRAINING, ema_decay=1.0), "ema_decay=1.0; it must be at least 0 and below 1."),
-    (lambda: Training(**{**TRAINING, "warmup_epochs": -1.0}), "warmup_epochs=-1.0; it cannot be negative."),
+    (lambda: Training(**{**TRAINING, "warmup_epochs": -1.0}), "warmup_epochs=-1.0; it must be a number, at least 0."),
     (changed("diffmae", schedule=None), "a schedule belongs to a recipe with noise, and only to one."),
     (changed("mae", schedule=Schedule(kind="linear")), "a schedule belongs to a recipe with noise, and only to one."),
     (

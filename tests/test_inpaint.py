@@ -62,7 +62,7 @@ def read(path: str | Path) -> np.ndarray:
         return np.asarray(image)
 
 
-PAINTED = ("mean", "sample1", "sample2")
+PAINTED = ("prediction", "sample1", "sample2")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -228,12 +228,12 @@ def test_raw_mae_paints_once_with_a_notice(tmp_path: Path, run_of: Callable[...,
     result = go(run_of("mae_raw"), picture(tmp_path / "in.png"), tmp_path / "out", num_samples=4)
     assert result["notices"] == ["A mae_raw has one prediction for a hole, so one sample is painted, in one step."]
     files = result["pictures"][0]["files"]
-    assert list(files) == ["masked", "mean", "sample1"]
-    assert np.array_equal(read(files["mean"]), read(files["sample1"]))
+    assert list(files) == ["masked", "prediction", "sample1"]
+    assert np.array_equal(read(files["prediction"]), read(files["sample1"]))
 
 
 def test_a_mask_of_another_size_refuses(tmp_path: Path, run_of: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="is 30 x 20 pixels, but the picture is 16 x 16"):
+    with pytest.raises(ValueError, match=r"is 30 x 20 pixels, but the picture in\.png is 16 x 16"):
         go(run_of(), picture(tmp_path / "in.png"), tmp_path / "o", mask=mask(tmp_path / "m.png", np.ones((20, 30))))
 
 
@@ -266,7 +266,7 @@ def test_a_bad_picture_is_skipped_and_only_bad_ones_refuse(tmp_path: Path, run_o
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no picture")
     (tmp_path / "in" / "note.txt").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"No picture of .* can be read.*a\.png"):
+    with pytest.raises(ValueError, match=r"No picture of .* could be repainted.*a\.png"):
         go(run_of(), tmp_path / "in", tmp_path / "out")
     picture(tmp_path / "in" / "b.png")
     result = go(run_of(), tmp_path / "in", tmp_path / "out")
@@ -279,12 +279,12 @@ def test_gray_and_colour_are_converted_with_a_notice(tmp_path: Path, run_of: Cal
     colour, gray = picture(tmp_path / "c.png"), picture(tmp_path / "g.png", channels=1)
     result = go(run_of(channels=1), colour, tmp_path / "a")
     assert any("grey" in notice for notice in result["notices"])
-    assert read(result["pictures"][0]["files"]["mean"]).shape == (16, 16)
+    assert read(result["pictures"][0]["files"]["prediction"]).shape == (16, 16)
     result = go(run_of(channels=3), gray, tmp_path / "b")
     files = result["pictures"][0]["files"]
     assert any("grey" in notice for notice in result["notices"])
     visible = (read(files["masked"]) != 128).any(-1)
-    assert np.array_equal(read(files["mean"])[visible], np.repeat(read(gray)[visible][:, None], 3, 1))
+    assert np.array_equal(read(files["prediction"])[visible], np.repeat(read(gray)[visible][:, None], 3, 1))
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, run_of: Callable[..., Path]) -> None:
@@ -295,7 +295,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, run_of
     written = [path for p in result["pictures"] for path in p["files"].values()]
     assert len(set(written)) == len(written) == 4 * len(names)
     for p in result["pictures"]:
-        assert np.array_equal(read(p["files"]["mean"])[0], read(tmp_path / "in" / p["picture"])[0])
+        assert np.array_equal(read(p["files"]["prediction"])[0], read(tmp_path / "in" / p["picture"])[0])
 
 
 def test_arrays_of_five_channels(tmp_path: Path, run_of: Callable[..., Path]) -> None:

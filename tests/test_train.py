@@ -454,7 +454,7 @@ def test_bad_files_are_counted_and_training_goes_on(tmp_path: Path, capsys: pyte
     assert found.keys() == expected.keys()
     for name, reason in expected.items():
         assert re.search(reason, found[name]), (name, found[name])
-    assert f"{len(expected)} files could not be used" in captured.err
+    assert f"Files that could not be used: {len(expected)}." in captured.err
     assert "problems.jsonl" in captured.err
     converted = {
         "palette.png": "palette",

@@ -44,6 +44,9 @@ def write_atomically(path: Path, write: Any) -> None:
         write(Path(name))
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except (safetensors.SafetensorError, RuntimeError) as error:  # what the writers make of a full disk
+        Path(name).unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}). Is the disk full?") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -61,7 +64,13 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
-            raise ValueError(f"{path} holds no {WEIGHTS}: it is no run directory, or nothing has been saved in it yet.")
+            below = sorted(str(p.parent) for p in path.glob(f"*/{WEIGHTS}"))
+            hint = (
+                f"Did you mean {' or '.join(below)}?"
+                if below
+                else "It is no run directory, or nothing was saved in it yet."
+            )
+            raise ValueError(f"{path} holds no {WEIGHTS}. {hint}")
         return path / WEIGHTS
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give a run directory or a .safetensors file.")
@@ -131,5 +140,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Ma
         model = MaskedDiffusionAutoencoder(recipe)
     file = find_weights(path)
     check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
-    model.load_state_dict(safetensors.torch.load_file(file))
+    tensors = safetensors.torch.load_file(file)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"Checkpoint {file} has values in {name!r} that are no numbers: it is damaged; take another copy."
+            )
+    model.load_state_dict(tensors)
     return model.to(device).eval(), about

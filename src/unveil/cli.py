@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -29,11 +29,34 @@ COMMANDS = ("pretrain", "inpaint", "probe", "evaluate", "info")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
 Pre-train on unlabelled pictures, repaint with the model, probe its features. `unveil COMMAND --help` explains a command.
---json, after any command, makes the last line of stdout one JSON object; what is for people goes to stderr."""
+--json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
 
 def say(text: str) -> None:
+    """For people, while a command works or when it fails."""
     print(text, file=sys.stderr)
+
+
+def _counted(
+    run: Callable[[Any, Callable[[int, int], None]], dict[str, Any]], unit: str
+) -> Callable[[Any], dict[str, Any]]:
+    """A command that tells how many of how many it has done, with a bar."""
+
+    def with_bar(options: Any) -> dict[str, Any]:
+        bar: tqdm[Any] | None = None  # made at the first news, so that a mistake is told on a line of its own
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or tqdm(total=total, unit=unit, dynamic_ncols=True, leave=False)
+            bar.update(done - bar.n)
+
+        try:
+            return run(options, show)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    return with_bar
 
 
 def _with_bar(options: Pretrain) -> dict[str, Any]:
@@ -53,46 +76,54 @@ def _with_bar(options: Pretrain) -> dict[str, Any]:
             bar.close()
 
 
-def _tell_pretrain(result: dict[str, Any]) -> None:
-    state = "Finished" if result["finished"] else "Interrupted and saved; the same command goes on from here"
-    say(
-        f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen, "
-        + ("" if result["loss"] is None else f"loss {result['loss']:.4f}.")
-    )
+def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
+    loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+    state = "Finished" if result["steps_now"] else "Finished before, so nothing was done"
+    if not result["finished"]:
+        state = "Interrupted and saved; the same command goes on from here"
+    yield f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen{loss}."
+    if result["finished"] and result["num_steps"] < 500:
+        yield f"{result['num_steps']} steps are few: expect little but colours. Give more --epochs, or a smaller --batch-size."
     if result["skipped"]:
-        say(f"{result['skipped']} files could not be used.")
+        yield f"Files that could not be used: {result['skipped']}."
     for note, count in result["converted"].items():
-        say(f"{count} pictures: {note}.")
+        yield f"Converted pictures: {count} ({note})."
     if result["skipped"] or result["converted"]:
-        say(f"They are listed in {result['out']}/problems.jsonl.")
-    say(f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors.")
+        yield f"They are listed in {result['out']}/problems.jsonl."
+    yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
 
 
-def _tell_probe(result: dict[str, Any]) -> None:
+def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
     labels = "all" if result["labels_per_class"] is None else f"{result['labels_per_class']} of each class"
-    say(f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples.")
-    say(f"{'features':<20}{'linear %':>10}{str(result['k']) + '-NN %':>10}")
+    classes = result["num_classes"]
+    yield (
+        f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples; "
+        f"{classes} classes, so guessing gets about {100 / classes:.0f} %."
+    )
+    yield f"{'features':<20}{'linear %':>10}{str(result['k']) + '-NN %':>10}"
     for name, row in result["results"].items():
-        say(f"{name:<20}{row['linear']:>10.2f}{row['knn']:>10.2f}")
+        yield f"{name:<20}{row['linear']:>10.1f}{row['knn']:>10.1f}"
+    if result["test_samples"] < 200:
+        yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
 
 
-def _tell_evaluate(result: dict[str, Any]) -> None:
-    say(f"{result['pictures']} pictures, mask {result['mask']}; PSNR inside the hole, mean over pictures:")
+def _tell_evaluate(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{result['pictures']} pictures, mask {result['mask']}; PSNR inside the hole, mean over pictures:"
     for name, value in result["psnr"].items():
-        say(f"  {name.replace('_', ' '):<14}{value:7.2f} dB")
+        yield f"  {name.replace('_', ' '):<14}{value:7.2f} dB"
     if "std" in result:
-        say(f"The samples' mean beats every sample on {result['mean_beats_all']:.0%} of the pictures.")
-        say(f"Deviation between {result['num_samples']} samples: {result['std']:.3f} of the range.")
-        say(f"Sharpness (Laplacian energy of the samples over the truth's): {result['sharpness']:.2f}.")
+        yield f"The samples' mean beats every sample on {result['mean_beats_all']:.0%} of the pictures."
+        yield f"Deviation between {result['num_samples']} samples: {result['std']:.3f} of the range."
+        yield f"Sharpness, Laplacian energy of the samples over the truth's (1 is as sharp): {result['sharpness']:.2f}."
+    yield from result["notices"]
 
 
-def _tell_inpaint(result: dict[str, Any]) -> None:
-    for notice in result["notices"]:
-        say(notice)
-    say(f"Repainted {len(result['pictures'])} picture(s) into {result['out']}; side by side in {result['sheet']}.")
+def _tell_inpaint(result: dict[str, Any]) -> Iterator[str]:
+    yield from result["notices"]
+    yield f"Repainted {len(result['pictures'])} picture(s) into {result['out']}; side by side in {result['sheet']}."
 
 
-def _tell_info(result: dict[str, Any]) -> None:
+def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     recipe, about = result["recipe"], result["about"]
     clip, branch = recipe["clip"], recipe["branch"]
     total = sum(result["parameters"].values())
@@ -117,14 +148,14 @@ def _tell_info(result: dict[str, Any]) -> None:
         "complete": "yes" if not missing else f"no, {len(missing)} tensors are missing, the first is {missing[0]!r}",
     }
     for name, value in lines.items():
-        say(f"{name:<15}{value}")
+        yield f"{name:<15}{value}"
 
 
-RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Pretrain: (_with_bar, _tell_pretrain),
-    Inpaint: (inpaint, _tell_inpaint),
-    Probe: (probe, _tell_probe),
-    Evaluate: (evaluate, _tell_evaluate),
+    Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
+    Probe: (_counted(probe, "sample"), _tell_probe),
+    Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
 }
 
@@ -147,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("unveil: interrupted")
         sys.exit(130)
-    tell(result)
+    print("\n".join(tell(result)), file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     if result.get("finished") is False:
         sys.exit(130)

@@ -7,6 +7,7 @@ when it is written down, not when it is run.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -148,8 +149,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("Schedule", "kind", self.kind, ScheduleKind)
-        if not self.rho > 0:
-            raise ValueError(f"Schedule has rho={self.rho}; it must be above 0 (towards 0 every step is pure noise).")
+        if not 0 < self.rho <= 2:
+            raise ValueError(
+                f"Schedule has rho={self.rho}; it must be above 0 (where every step is pure noise) and at most 2."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,11 @@ class Branch:
                 f"Branch has noise_on='visible' with mask_ratio={self.mask_ratio}: only mask_ratio=0 is defined, where the "
                 "encoder sees every token with noise. Use noise_on='hidden' to hide some."
             )
+        if self.noise_on == "none" and self.mask_ratio == 1:
+            raise ValueError(
+                "Branch has mask_ratio=1 with noise_on='none': with nothing visible and no noise, every prediction would be "
+                "the same. Use mask_ratio < 1, or noise_on='hidden'."
+            )
         if self.noise_on != "visible" and self.mask_ratio == 0:
             raise ValueError(
                 f"Branch has mask_ratio=0 with noise_on={self.noise_on!r}: nothing would be hidden, so nothing predicted. "
@@ -216,16 +224,16 @@ class Training:
             raise ValueError(
                 f"Training has epochs={self.epochs} and batch_size={self.batch_size}; both must be at least 1."
             )
-        if not self.base_lr > 0:
-            raise ValueError(f"Training has base_lr={self.base_lr}; it must be above 0.")
+        if not 0 < self.base_lr < math.inf:
+            raise ValueError(f"Training has base_lr={self.base_lr}; it must be a number above 0.")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(
                 f"Training has crop_scale={self.crop_scale}; it is a share of the area, above 0 and at most 1."
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"Training has ema_decay={self.ema_decay}; it must be at least 0 and below 1.")
-        if not self.warmup_epochs >= 0:
-            raise ValueError(f"Training has warmup_epochs={self.warmup_epochs}; it cannot be negative.")
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise ValueError(f"Training has warmup_epochs={self.warmup_epochs}; it must be a number, at least 0.")
 
     @property
     def lr(self) -> float:

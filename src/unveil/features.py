@@ -34,9 +34,12 @@ def raw_pixels(clips: Tensor) -> Tensor:
 
 
 def extract(
-    loader: Iterable[Batch], *functions: Callable[[Tensor], Tensor], device: str = "cpu"
+    loader: Iterable[Batch],
+    *functions: Callable[[Tensor], Tensor],
+    device: str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Read a source once and compute several kinds of features.
+    """Read a source once and compute several kinds of features; on_batch is told how many samples come next.
 
     Returns:
         One (n, D) on the CPU for each function, and labels (n,). Unreadable samples are left out of all of them.
@@ -49,6 +52,8 @@ def extract(
     for batch in loader:
         if batch.clips is None:
             continue
+        if on_batch is not None:
+            on_batch(len(batch.clips))
         clips = batch.clips.to(device)
         labels.append(batch.labels)
         for kept, function in zip(features, functions, strict=True):

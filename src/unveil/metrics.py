@@ -42,16 +42,20 @@ def ridge_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int,
 
 
 def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float]) -> float:
-    """The penalty with the best accuracy on every fifth training row, fitted on the others; the first on a tie.
+    """The penalty with the best accuracy on held-out training rows; the first on a tie.
 
-    With fewer than one such row for each class there is nothing to choose by, and the middle penalty is taken.
+    Rows are held out in turn, every fifth: in five folds, or in one where a fold has 2,000 rows and is precise enough.
+    The rows must come in random order. With fewer rows than classes in a fold, the middle penalty is taken.
     """
-    held = torch.arange(len(train)) % 5 == 0
-    if held.sum() < num_classes:
+    fold = torch.arange(len(train)) % 5
+    if (fold == 4).sum() < num_classes:
         return penalties[len(penalties) // 2]
-    predictions = _ridge(train[~held], labels[~held], train[held], num_classes, penalties)
-    scores = [accuracy(p, labels[held]) for p in predictions]
-    return penalties[scores.index(max(scores))]
+    right = torch.zeros(len(penalties), dtype=torch.long)
+    for i in range(1 if len(train) >= 10_000 else 5):
+        held = fold == i
+        predictions = _ridge(train[~held], labels[~held], train[held], num_classes, penalties)
+        right += torch.stack([(p == labels[held]).sum() for p in predictions])
+    return penalties[int(right.argmax())]
 
 
 def knn_predict(

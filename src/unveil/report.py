@@ -18,7 +18,7 @@ CAPTION = 18
 
 def to_image(clip: Tensor) -> Image.Image:
     """A clip (C, T, H, W) in [0, 1] as a picture, frames side by side. Channels past the third are not shown."""
-    strip = clip.detach().float().cpu().clamp(0, 1).permute(2, 1, 3, 0)  # (H, T, W, C)
+    strip = clip.detach().float().cpu().nan_to_num(0).clamp(0, 1).permute(2, 1, 3, 0)  # (H, T, W, C)
     H, T, W, C = strip.shape
     values = (strip.reshape(H, T * W, C).numpy() * 255).round().astype(np.uint8)
     values = np.repeat(values[..., :1], 3, 2) if C < 3 else values[..., :3]

@@ -110,7 +110,8 @@ def posterior(
         mean of x_t's shape, and the variance, a float64 number; 0 at s = 0.
     """
     (a_t, s_t), (a_s, s_s) = now, then
-    step = a_t / a_s
+    # far into a noisy schedule both underflow, and nothing of x_s is left in x_t
+    step = a_t / a_s if a_s > 0 else torch.zeros_like(a_t)
     noise = s_t**2 - step**2 * s_s**2  # variance that the steps from s to t add
     mean = (step * s_s**2 / s_t**2).to(x_t.dtype) * x_t + (a_s * noise / s_t**2).to(x_t.dtype) * x0
     return mean, noise * s_s**2 / s_t**2

@@ -410,6 +410,8 @@ class Parquet:
         self.classes: tuple[str, ...] | None = None
         if self._labels and max(self._labels) >= 0:
             highest = max(self._labels)
+            if highest >= 1_000_000:
+                raise ValueError(f"{name!r} has a label {highest}; labels number the classes from 0. Number them anew.")
             self.classes = names or tuple(str(label) for label in range(highest + 1))
             if highest >= len(self.classes):
                 raise ValueError(

@@ -47,7 +47,8 @@ SHEET_SAMPLES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a recipe is run here, beside what is trained; none of it but seed and data changes the result in fp32.
+    """How a recipe is run here, beside what is trained. Data and seed make the result; precision, device and compile move
+    its last digits.
 
     save_minutes: time between saves; one more is made at the end and when the run is interrupted.
     """
@@ -74,6 +75,14 @@ class Progress:
     images_per_second: float
 
 
+def _step_of(line: str) -> float:
+    """The step of a record; past every step for a line that a killed process left incomplete."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Metrics:
     """Numbers of a run as JSON lines, and as tensorboard scalars if that is installed.
 
@@ -84,7 +93,7 @@ class Metrics:
         path = out / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
         self._file = (out / METRICS).open("a", encoding="utf-8")
         try:
@@ -192,7 +201,7 @@ def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0
     """The contact sheet of a model: the truth, what is left of it, and what the model makes of the rest."""
     recipe = model.recipe
     branch, sizes = recipe.branch, recipe.clip
-    if branch.noise_on == "visible" or branch.mask_ratio == 1:
+    if "generate" in model.can:
         holes = torch.ones(len(clips), *clips.shape[2:], dtype=torch.bool, device=clips.device)
         made = repaint(model, clips, holes, num_steps=SHEET_STEPS, sampler="ddim", seed=seed)[:, 0]
         return contact_sheet([("data", list(clips)), (f"generated from nothing, {SHEET_STEPS} DDIM steps", list(made))])
@@ -236,7 +245,9 @@ def _check_same_run(out: Path, config: dict[str, Any]) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Choose another directory.") from None
 
     def differences(a: Any, b: Any, where: str) -> Iterator[str]:
@@ -250,7 +261,8 @@ def _check_same_run(out: Path, config: dict[str, Any]) -> None:
         # through JSON, so that tuples compare as the lists they were written as
         for difference in differences(before.get(part), json.loads(json.dumps(config[part])), part):
             raise ValueError(
-                f"{out} holds another run: {difference}. Choose another directory, or repeat its settings to continue it."
+                f"{out} holds another run: {difference}. Choose another directory; only a run of the same settings goes on, "
+                "because its learning rate is planned for them."
             )
 
 
@@ -259,7 +271,13 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, samples: Samples, run: Run) -> None:
         self.recipe, self.samples, self.run = recipe, samples, run
-        training = recipe.training
+        training, branch = recipe.training, recipe.branch
+        mask = draw_mask(branch.masking, [torch.Generator()], recipe.clip.grid, branch.mask_ratio)
+        hidden, total = mask.hidden.shape[1], recipe.clip.num_tokens
+        if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
+            raise ValueError(
+                f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller patches."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.model = MaskedDiffusionAutoencoder(recipe).to(run.device)
@@ -302,6 +320,11 @@ class Trainer:
     def save(self) -> None:
         """Write the state to resume from, the averaged weights, the contact sheet, and what was wrong with the data."""
         out, run = self.run.out, self.run
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(
+                f"The weights became infinite or no numbers by step {self.step}. What {out} holds is from before that; start "
+                "again in a new directory with a smaller --blr."
+            )
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -318,8 +341,8 @@ class Trainer:
         problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
         lines = [json.dumps(problem) + "\n" for problem in problems]
         write_atomically(out / PROBLEMS, lambda part: part.write_text("".join(lines), encoding="utf-8"))
-        self.paint_sheet()
         write_atomically(out / STATE, lambda part: torch.save(state, part))
+        self.paint_sheet()
 
     def paint_sheet(self) -> None:
         if self.sheet_clips is None:
@@ -334,15 +357,15 @@ class Trainer:
             return False
         try:
             state = torch.load(path, map_location=self.run.device, weights_only=True)
-        except Exception as error:
+            for name in ("model", "average", "optimizer"):
+                getattr(self, name).load_state_dict(state[name])
+            self.step, self.images_seen = state["step"], state["images_seen"]
+            self.problems |= state["problems"]
+            self.notes |= state["notes"]
+        except Exception as error:  # torch raises whatever a damaged or foreign file leads it to
             raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}). Remove it to start over; the weights stay."
+                f"{path} cannot be read ({type(error).__name__}): it is damaged or of another run. Remove it to start over."
             ) from None
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.images_seen = state["step"], state["images_seen"]
-        self.problems |= state["problems"]
-        self.notes |= state["notes"]
         return True
 
     def note(self, batch: Batch) -> None:
@@ -350,7 +373,7 @@ class Trainer:
             self.problems.setdefault(problem.where, problem.reason)
         self.notes.update(batch.notes)
         if self.sheet_clips is None and batch.clips is not None:
-            self.sheet_clips = batch.clips[:SHEET_SAMPLES].to(self.run.device)
+            self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
 
 
 def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -> dict[str, Any]:
@@ -406,15 +429,17 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
     losses: list[Tensor] = []
     images = 0
     loss = last_loss(run.out)
+    first_step = trainer.step
+    unreadable = 0  # batches in a row without a readable clip
 
     def record() -> None:
         nonlocal losses, images, waiting, last_record, loss
         now = time.perf_counter()
-        loss = torch.stack(losses).mean().item()  # the only wait for the device, once for each record
+        loss = torch.stack(losses).mean().item()  # waits for the device
         if not math.isfinite(loss):
             raise ValueError(
-                f"The loss became {loss} at step {trainer.step}. The last save in {run.out} is from before; use a smaller "
-                "--blr, or --precision fp32."
+                f"The loss became {loss} at step {trainer.step}. What {run.out} holds is from before that; start again in a "
+                "new directory with a smaller --blr."
             )
         metrics.write(
             {
@@ -435,6 +460,7 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
     for batch in trainer.epochs():
         waiting += time.perf_counter() - asked
         trainer.note(batch)
+        unreadable = 0 if batch.clips is not None else unreadable + 1
         if batch.clips is not None:
             epoch = trainer.step // trainer.steps_per_epoch
             drawn = draw(recipe, trainer.model.schedule, run.seed, epoch, batch.indices.tolist()).to(device)
@@ -452,14 +478,20 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         trainer.step += 1
         now = time.perf_counter()
         last = trainer.step == trainer.num_steps
-        if losses and (last or interrupted or now - last_told > 1.0):
-            record()
+        saving = last or interrupted or now - last_save > 60 * run.save_minutes
+        if losses and (saving or now - last_told > 1.0):
+            record()  # before a save, because it refuses a loss that is no number
             last_told = now
-        if last or interrupted or now - last_save > 60 * run.save_minutes:
+        if unreadable >= trainer.steps_per_epoch and trainer.images_seen:
+            raise ValueError(
+                f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
+                f"{run.out} is kept, and the same command goes on from there once the data is back."
+            )
+        if saving:
             if trainer.images_seen == 0:
                 raise ValueError(
                     f"None of the {len(trainer.samples)} samples of {run.data!r} can be read; the first problem: "
-                    f"{next(iter(trainer.problems.items()), 'none')}."
+                    f"{': '.join(next(iter(trainer.problems.items()), ('', 'none')))}."
                 )
             trainer.save()
             trainer.model.train()
@@ -469,6 +501,7 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         asked = time.perf_counter()
     return {
         "finished": trainer.step == trainer.num_steps,
+        "steps_now": trainer.step - first_step,
         "step": trainer.step,
         "num_steps": trainer.num_steps,
         "images_seen": trainer.images_seen,

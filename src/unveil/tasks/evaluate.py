@@ -1,5 +1,6 @@
 """How good repainting is on held-out data: decibels in the hole, diversity and sharpness."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from unveil.pipeline import Sampler, named_holes, repaint
 class Evaluate:
     """Score repainting on held-out pictures, inside the hole: the one-step prediction, several samples, their mean.
 
-    Example: unveil evaluate --run runs/digits --data digits:test --mask random:0.75
+    Example: unveil evaluate --run runs/digits/diffmae --data digits:test --mask random:0.75
     """
 
     run: Path
@@ -37,10 +38,10 @@ class Evaluate:
     """ddpm, ancestral, or ddim, deterministic from its first noise."""
     seed: int = 0
     """Draws masks and noise."""
-    batch_size: int = 256
+    batch_size: int = 64
     """Pictures at once; no effect on the result."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
 
 
 def score(
@@ -62,13 +63,14 @@ def score(
     sharpness: the samples' Laplacian energy over the truth's, both summed by the caller.
     """
     inside = holes[:, None].expand_as(clips)
-    visible_mean = clips.masked_fill(inside, 0).sum((2, 3, 4)) / (~inside).sum((2, 3, 4))
     prediction = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, first_index=first_index)[:, 0]
     figures = {
-        "mean_fill": hole_mse(visible_mean[:, :, None, None, None].expand_as(clips), clips, holes),
         "prediction": hole_mse(prediction, clips, holes),
         "laplacian_truth": laplacian_energy(clips, holes),
     }
+    if not holes.flatten(1).all(1).any():  # otherwise there is no visible colour to fill with
+        visible_mean = clips.masked_fill(inside, 0).sum((2, 3, 4)) / (~inside).sum((2, 3, 4))
+        figures["mean_fill"] = hole_mse(visible_mean[:, :, None, None, None].expand_as(clips), clips, holes)
     if model.schedule is not None:
         samples = repaint(
             model,
@@ -94,8 +96,8 @@ def score(
     return {name: value.double().cpu() for name, value in figures.items()}
 
 
-def evaluate(options: Evaluate) -> dict[str, Any]:
-    """Run `unveil evaluate`.
+def evaluate(options: Evaluate, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Run `unveil evaluate`; on_progress is told the pictures done and their number.
 
     Returns:
         "psnr": for each kind of filling, mean over pictures of the PSNR inside the hole, in dB; "std", the deviation
@@ -106,7 +108,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
     device = pick_device(options.device)
-    model, _ = load_model(options.run, device)
+    model, about = load_model(options.run, device)
     clip = model.recipe.clip
     source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
     samples = Samples(source, clip, seed=0, training=None)
@@ -134,6 +136,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
             )
         )
         done += take
+        if on_progress is not None:
+            on_progress(done, min(options.limit, len(samples)))
         if done >= options.limit:
             break
     if not done:
@@ -142,6 +146,11 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     result: dict[str, Any] = {"pictures": done, "mask": options.mask, "num_samples": options.num_samples}
     errors = [name for name in figures if name not in ("std", "laplacian_truth", "laplacian_samples", "each_sample")]
     result["psnr"] = {name: psnr(figures[name]).mean().item() for name in errors}
+    result["notices"] = []
+    if about.data == options.data:
+        result["notices"].append(f"{options.data} is what this model was trained on; held-out pictures would say more.")
+    if result["psnr"]["prediction"] < result["psnr"].get("mean_fill", -100):
+        result["notices"].append("The prediction is worse than a flat colour: the model has learned too little yet.")
     if "std" in figures:
         result["std"] = figures["std"].mean().item()
         result["sharpness"] = (figures["laplacian_samples"].sum() / figures["laplacian_truth"].sum()).item()

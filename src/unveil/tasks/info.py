@@ -16,7 +16,7 @@ from unveil.model import MaskedDiffusionAutoencoder
 class Info:
     """Print what a run or a weights file holds: recipe, target, normalisation, data, step, and what it can do.
 
-    Example: unveil info --run runs/digits
+    Example: unveil info --run runs/digits/diffmae
     """
 
     run: Path
@@ -33,7 +33,7 @@ def info(options: Info) -> dict[str, Any]:
             count *= size
         part = name.split(".")[0]
         parts[part] = parts.get(part, 0) + count
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):  # names and shapes, no memory
         expected = MaskedDiffusionAutoencoder(recipe)
     return {
         "file": str(find_weights(options.run)),

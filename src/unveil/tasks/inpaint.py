@@ -1,5 +1,6 @@
 """Repainting pictures: files and a mask in, files out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,27 @@ class Inpaint:
     """At most this many pictures, from the first on."""
     seed: int = 0
     """Draws random masks and the noise."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
 
 
 def _read_mask(path: str) -> Tensor:
     """A mask picture as (H, W) bool; at least half white is True."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.asarray(image.convert("L")) >= 128)
+            values = torch.from_numpy(np.array(image.convert("L")))
     except FileNotFoundError:
         raise ValueError(
-            f"--mask {path!r} is neither random:SHARE, center:SHARE, nor a file. Give one of these, as in random:0.75."
+            f"--mask {path!r} is neither random:SHARE, center:SHARE, tube:SHARE, nor a file that exists. "
+            "Give one of these, as in random:0.75."
         ) from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"--mask {path!r} cannot be read as a picture ({error}).") from None
+    if 0 < values.max() < 128:
+        raise ValueError(
+            f"--mask {path!r} has no white: its brightest value is {values.max()} of 255. White is repainted."
+        )
+    return values >= 128
 
 
 def _resize(clip: Tensor, height: int, width: int) -> Tensor:
@@ -70,8 +77,20 @@ def _resize(clip: Tensor, height: int, width: int) -> Tensor:
     return frames.clamp(0, 1).transpose(0, 1)
 
 
-def _to_bytes(clip: Tensor) -> Tensor:
-    return (clip * 255).round().to(torch.uint8)
+def _precision(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function that brings values in [0, 1] to a picture's own precision, so that it loses nothing: uint8, 16 bits (in
+    int32, because torch computes little in uint16), or float32."""
+    if values.dtype == torch.uint8:
+        return lambda clip: (clip * 255).round().to(torch.uint8)
+    steps = values * 65535
+    if torch.allclose(steps, steps.round(), rtol=0, atol=0.01):  # float32 holds 16 bits to 0.004 of a step
+        return lambda clip: (clip * 65535).round().to(torch.int32)
+    return torch.Tensor.float
+
+
+def _shown(view: Tensor) -> Tensor:
+    """Any precision as values in [0, 1]."""
+    return view.float() / {torch.uint8: 255, torch.int32: 65535}.get(view.dtype, 1)
 
 
 def _shrink_around(clip: Tensor, hole: Tensor, height: int, width: int) -> Tensor:
@@ -90,9 +109,18 @@ def _shrink_around(clip: Tensor, hole: Tensor, height: int, width: int) -> Tenso
 
 
 def _save(path: Path, clip: Tensor) -> Path:
-    """A clip (C, T, H, W) of uint8 as a PNG, an animated one if it has several frames, or else as .npy; where it lies."""
+    """Write a clip (C, T, H, W) without losing a bit, and return where.
+
+    uint8 as PNG, animated if there are several frames; 16-bit gray (in int32) as 16-bit PNG; all else, which PNG cannot
+    hold, as .npy.
+    """
     frames = [np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in clip.transpose(0, 1)]
-    if clip.shape[0] not in (1, 3, 4):
+    if clip.dtype == torch.int32:
+        frames = [frame.astype(np.uint16) for frame in frames]
+        if clip.shape[:2] == (1, 1):
+            save_png(path, Image.fromarray(frames[0]))
+            return path
+    if clip.dtype != torch.uint8 or clip.shape[0] not in (1, 3, 4):
         path = path.with_suffix(".npy")
         np.save(path, frames[0] if len(frames) == 1 else np.stack(frames))
         return path
@@ -115,28 +143,22 @@ def _stem(where: str, taken: set[str]) -> str:
 
 
 def _hole_of(
-    options: Inpaint, model: MaskedDiffusionAutoencoder, index: int, shape: torch.Size
+    options: Inpaint, model: MaskedDiffusionAutoencoder, mask: Tensor | None, index: int, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
-    """The hole at the model's size (1, T, H, W) and at the picture's (T, H, W)."""
+    """The hole at the model's size (1, T, H, W) and at the picture's (T, H, W); mask is the user's own, (H, W)."""
     sizes = model.recipe.clip
     T, H, W = shape
-    if options.mask.partition(":")[0] in NAMED_MASKS:
+    if mask is None:
         ours = named_holes(sizes, options.mask, [index], options.seed)
         return ours, F.interpolate(ours.float(), (H, W), mode="nearest")[0].bool()
-    mask = _read_mask(options.mask)
-    if tuple(mask.shape) != (H, W):
-        raise ValueError(
-            f"The mask {options.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture is {W} x {H}. "
-            "Make them the same size."
-        )
     theirs = mask.expand(T, H, W)
     # any painted pixel of the picture must be painted at the model's size too
     small = F.adaptive_max_pool2d(mask[None].float(), (sizes.height, sizes.width)).bool()
     return small.expand(1, T, -1, -1), theirs
 
 
-def inpaint(options: Inpaint) -> dict[str, Any]:
-    """Run `unveil inpaint`.
+def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Run `unveil inpaint`; on_progress is told the pictures done and their number.
 
     Returns:
         "pictures": for each one its name and the files written; "sheet": all of them side by side; "notices".
@@ -152,6 +174,14 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
     source: Source = open_source(options.images, sizes.channels, sizes.frames, *exact)
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file. Name a directory for the results.")
+    folder = Path(options.images).expanduser().resolve()
+    if folder.is_dir() and folder in (options.out.resolve(), *options.out.resolve().parents):
+        raise ValueError(
+            f"--out {options.out} lies in the folder of pictures, and would be read as one of them. Choose another."
+        )
+    mask = None if options.mask.partition(":")[0] in NAMED_MASKS else _read_mask(options.mask)
     notices = [f"Skipped {s.where}: {s.reason}." for s in source.skipped]
     pictures: list[dict[str, Any]] = []
     rows: dict[str, list[Tensor]] = {}
@@ -169,9 +199,18 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
         if picture.note is not None:
             notices.append(f"{source.where(index)}: {picture.note}.")
         values = picture.values.transpose(0, 1)  # (C, T, H, W)
-        original = values if values.dtype == torch.uint8 else _to_bytes(values)
-        clip = values.float() / 255 if values.dtype == torch.uint8 else values
-        small_hole, hole = _hole_of(options, model, index, clip.shape[1:])
+        stored, clip = _precision(values), _shown(values)
+        original = values if values.dtype == torch.uint8 else stored(values)
+        if mask is not None and mask.shape != clip.shape[2:]:
+            mismatch = (
+                f"The mask {options.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture "
+                f"{source.where(index)} is {clip.shape[3]} x {clip.shape[2]}. Make them the same size."
+            )
+            if len(source) == 1:
+                raise ValueError(mismatch)
+            notices.append(f"Skipped: {mismatch}")
+            continue
+        small_hole, hole = _hole_of(options, model, mask, index, clip.shape[1:])
         if not hole.any():
             notices.append(f"{source.where(index)}: the mask hides nothing, so the picture is returned as it is.")
         same = clip.shape[2:] == (sizes.height, sizes.width)
@@ -189,23 +228,27 @@ def inpaint(options: Inpaint) -> dict[str, Any]:
         )[0].cpu()
         mean = predict(model, small, small_hole, seed=options.seed)[0].cpu()
         stem = _stem(source.where(index), stems)
-        views = {"masked": _to_bytes(masked_view(clip[None], hole[None])[0])}
-        for label, made in [("mean", mean), *((f"sample{s + 1}", painted[s]) for s in range(num_samples))]:
+        views = {"masked": stored(masked_view(clip[None], hole[None])[0])}
+        for label, made in [("prediction", mean), *((f"sample{s + 1}", painted[s]) for s in range(num_samples))]:
             full = made if same else _resize(made, *clip.shape[2:])
-            views[label] = torch.where(hole, _to_bytes(full), original)
+            views[label] = torch.where(hole, stored(full), original)
         files = {}
         for label, view in views.items():
             path = options.out / f"{stem}_{label}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             files[label] = str(_save(path, view))
+        if on_progress is not None:
+            on_progress(index + 1, min(len(source), options.limit))
         pictures.append({"picture": source.where(index), "files": files})
-        shown = {"picture": original, **views}
-        for label, view in shown.items():
-            row = view.float() / 255
+        for label, view in {"picture": original, **views}.items():
+            row = _shown(view)
             rows.setdefault(label, []).append(row if same else _resize(row, sizes.height, sizes.width))
     if not pictures:
-        raise ValueError(f"No picture of {options.images} can be read. {' '.join(notices)}")
-    captions = {"mean": "one step: the mean prediction", "masked": f"masked ({options.mask})"}
+        raise ValueError(f"No picture of {options.images} could be repainted. {' '.join(notices)}")
+    captions = {
+        "prediction": "prediction in one step: the mean of what could be there",
+        "masked": f"masked ({options.mask})",
+    }
     sheet = options.out / "sheet.png"
     save_png(sheet, contact_sheet([(captions.get(label, label), clips) for label, clips in rows.items()]))
     return {"out": str(options.out), "sheet": str(sheet), "pictures": pictures, "notices": notices}

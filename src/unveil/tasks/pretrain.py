@@ -17,6 +17,7 @@ from unveil.data import Samples, decoded_bytes, open_source
 from unveil.train import Precision, Progress, Run, train
 
 CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
+MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ class Pretrain:
     """Processes that read data. Default: 0 if the pictures fit into memory, else one for each core."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
-    precision: Precision = "fp32"
-    """fp32, or bf16 by autocast."""
+    precision: Precision | None = None
+    """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
     compile: bool = False
     """Compile the step with torch.compile; pays for long runs."""
     save_minutes: float = 2.0
@@ -96,8 +97,10 @@ BUILT_IN = {
 def parse_image_size(text: str) -> tuple[int, int]:
     """'224' or '64x48' (height x width) as two numbers."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"--image-size {text!r} is no size: give pixels as 224, or height x width as 64x48.")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
+        raise ValueError(
+            f"--image-size {text!r} is no size: give pixels up to 8192 as 224, or height x width as 64x48."
+        )
     return int(parts[0]), int(parts[-1])
 
 
@@ -132,23 +135,28 @@ def recipe_of(options: Pretrain) -> Recipe:
 
 def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Run `unveil pretrain`; see `Pretrain` for the options and `train` for what is returned."""
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
+    if not options.save_minutes >= 0:
+        raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
     recipe = recipe_of(options)
     clip = recipe.clip
     source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
-    fits = decoded_bytes(source) * clip.frames < CACHE_LIMIT
+    fits = decoded_bytes(source) < CACHE_LIMIT
     workers = options.workers
     if workers is None:
         workers = 0 if fits else min(torch.get_num_threads(), len(source))
     samples = Samples(source, clip, options.seed, recipe.training, cache=fits and workers == 0)
     if len(samples) < recipe.training.batch_size and options.batch_size is None:
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(samples)))
+    device = pick_device(options.device)
     run = Run(
         data=options.data,
         out=options.out,
         seed=options.seed,
         workers=workers,
-        device=pick_device(options.device),
-        precision=options.precision,
+        device=device,
+        precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
         compile=options.compile,
         save_minutes=options.save_minutes,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

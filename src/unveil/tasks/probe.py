@@ -1,5 +1,7 @@
 """How much of the labels the frozen features hold, by ridge regression and by nearest neighbours."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from unveil.features import Pool, encoder_features, extract, raw_pixels
 from unveil.metrics import accuracy, choose_ridge, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FEW_LABEL_DRAWS = 5
 
 
@@ -26,7 +28,7 @@ class Probe:
     The same probes on raw pixels and on the untrained encoder are printed beside it. The ridge penalty is chosen on a
     fifth of the training labels, for each kind of features by itself.
 
-    Example: unveil probe --run runs/digits --data digits:train --test-data digits:test --labels-per-class 10
+    Example: unveil probe --run runs/digits/diffmae --data digits:train --test-data digits:test --labels-per-class 10
     """
 
     run: Path
@@ -34,7 +36,7 @@ class Probe:
     data: str
     """Labelled training data: class folders, a parquet file with a label column, or `digits:train`."""
     test_data: str | None = None
-    """Labelled test data with the same classes. Default: every fifth sample of --data is held out."""
+    """Labelled test data with the same classes. Default: a random fifth of --data is held out."""
     labels_per_class: int | None = None
     """Train on this many labels of each class, mean of five draws. Default: on all."""
     pool: Pool = "mean"
@@ -49,8 +51,8 @@ class Probe:
     """Clips encoded at once; no effect on the result."""
     workers: int = 0
     """Processes that read data."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
 
 
 def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -94,8 +96,8 @@ def _labelled(data: str, clip: Clip) -> Samples:
     return Samples(source, clip, seed=0, training=None)
 
 
-def probe(options: Probe) -> dict[str, Any]:
-    """Run `unveil probe`.
+def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Run `unveil probe`; on_progress is told the samples encoded and their number.
 
     Returns:
         For each kind of features, "linear" and "knn" accuracy in percent, and the number of samples and labels.
@@ -118,14 +120,36 @@ def probe(options: Probe) -> dict[str, Any]:
             untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
         functions |= {"untrained encoder": encoder_features(untrained, options.pool), "raw pixels": raw_pixels}
 
+    available = Counter(train_samples.source.label(i) for i in range(len(train_samples)))
+    fewest = min(available, key=lambda label: available[label])
+    if options.labels_per_class is not None and available[fewest] < options.labels_per_class:
+        raise ValueError(
+            f"--labels-per-class {options.labels_per_class}, but class {fewest} has {available[fewest]} training samples. "
+            f"Use {available[fewest]} or fewer."
+        )
+    test_samples = None if options.test_data is None else _labelled(options.test_data, clip)
+    if test_samples is not None and train_samples.source.classes != test_samples.source.classes:
+        raise ValueError(
+            f"{options.data} has the classes {train_samples.source.classes}, but {options.test_data} has "
+            f"{test_samples.source.classes}. Use the same."
+        )
+    total = len(train_samples) + (0 if test_samples is None else len(test_samples))
+    encoded = 0
+
+    def count(num_samples: int) -> None:
+        nonlocal encoded
+        encoded += num_samples
+        if on_progress is not None:
+            on_progress(encoded, total)
+
     def features_of(samples: Samples) -> tuple[list[Tensor], Tensor]:
         loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
-        features, classes = extract(loader, *functions.values(), device=device)
+        features, classes = extract(loader, *functions.values(), device=device, on_batch=count)
         labelled = classes >= 0  # a parquet file may have rows without a label
         return [x[labelled] for x in features], classes[labelled]
 
     train, labels = features_of(train_samples)
-    if options.test_data is None:
+    if test_samples is None:
         held = torch.zeros(len(labels), dtype=torch.bool)
         held[torch.randperm(len(labels), generator=draws.generator(options.seed, "held out"))[: len(labels) // 5]] = (
             True
@@ -135,18 +159,13 @@ def probe(options: Probe) -> dict[str, Any]:
         if not len(truth):
             raise ValueError(f"{options.data} has {len(labels)} samples, too few to hold some out. Give --test-data.")
     else:
-        test_samples = _labelled(options.test_data, clip)
-        ours, theirs = train_samples.source.classes, test_samples.source.classes
-        if ours != theirs:
-            raise ValueError(
-                f"{options.data} has the classes {ours}, but {options.test_data} has {theirs}. Use the same."
-            )
         test, truth = features_of(test_samples)
     results = {name: _scores(x, labels, z, truth, options) for name, x, z in zip(functions, train, test, strict=True)}
     return {
         "results": results,
         "train_samples": len(labels),
         "test_samples": len(truth),
+        "num_classes": len(train_samples.source.classes or ()),
         "labels_per_class": options.labels_per_class,
         "pool": options.pool,
         "k": options.k,
