@@ -343,7 +343,7 @@ def test_resumed_with_workers_equals_uninterrupted(
 def start(*words: str) -> subprocess.Popen[bytes]:
     """The command in a process of its own; without pipes, whose end would wait for its workers to end too."""
     program = "import sys; from unveil.cli import main; main(sys.argv[1:])"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     nothing = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=nothing, stderr=nothing)
 
