@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c "$(CONSTRAINTS)"
 
 # One thread per process: two processes of two threads on two cores are five to nine times slower, as the threads spin.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 .PHONY: help demo test test-all lint format install constraints clean
 
@@ -22,7 +22,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 demo: $(VENV)/.installed  ## train and repaint digits on a CPU, a few minutes
-	OMP_WAIT_POLICY=PASSIVE $(RUN) examples/digits.py
+	GOMP_SPINCOUNT=10000 $(RUN) examples/digits.py
 
 test: lint  ## lint, types and the default tests
 	$(PYTEST) -m "not slow"

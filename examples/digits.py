@@ -1,6 +1,6 @@
 """The demo: pre-train a small DiffMAE on 1,437 handwritten digits, probe it, repaint held-out digits, write a report.
 
-Run by `make demo`. About four minutes on two CPU cores. Everything in it calls what the command line calls.
+Run by `make demo`. Three to four minutes on two CPU cores. Everything in it calls what the command line calls.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from unveil.tasks.probe import Probe, probe
 from unveil.train import METRICS, SHEET, Progress
 
 OUT = Path("runs/digits")
-EPOCHS = 200
+EPOCHS = 160
 SHOWN = 12
 RHOS = (1.0, 0.8, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 
