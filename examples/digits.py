@@ -233,4 +233,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # as a run of other settings in the same place, after the demo itself was changed
+        print(f"{error} The demo's runs are in {OUT}; remove that folder to start anew.", file=sys.stderr)
+        sys.exit(2)
