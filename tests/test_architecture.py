@@ -39,6 +39,7 @@ FLOORS = {
     "cost": 2,
     "encoder": 3,
     "decoder": 3,
+    "decoding": 2,
     "sources": 3,
     "data": 4,
     "model": 4,

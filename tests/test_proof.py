@@ -213,3 +213,15 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_readmes_table_of_recipes_is_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) % \| ([^|]+) \| ([^|]+) \| (\w+)", (ROOT / "README.md").read_text(), re.M)
+    assert [row[0] for row in rows] == list(recipes.RECIPES)
+    for name, hidden, noise, target, decoder in rows:
+        recipe = recipes.RECIPES[name]()
+        assert float(hidden) / 100 == recipe.branch.mask_ratio
+        assert noise == {"hidden": "hidden tokens", "none": "none"}[recipe.branch.noise_on]
+        assert target == ("patch-normalised pixels" if recipe.branch.patch_norm else "raw pixels")
+        assert recipe.decoder is not None
+        assert decoder == recipe.decoder.kind

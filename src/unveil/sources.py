@@ -4,62 +4,23 @@ Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.da
 """
 
 import difflib
-import functools
 import glob
 import io
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from unveil import draws
 from unveil.config import nearest
+from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions, fill_channels, frames_first
 
 BUILTINS = tuple(name + split for name in ("digits", "moving-digits") for split in ("", ":train", ":test"))
-
-# EPS starts Ghostscript on what may be anybody's file; the others are stubs that Pillow recognises but cannot decode.
-_REFUSED_FORMATS = ("EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One decoded sample.
-
-    values: (T, C, H, W), uint8, or float32 in [0, 1] for 16-bit and float sources.
-    note: what had to be converted on the way, for people; None if nothing.
-    """
-
-    values: Tensor
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something that cannot be used, and why."""
-
-    where: str
-    reason: str
-
-
-class BadPicture(ValueError):
-    """One sample cannot be decoded; the others may be fine."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(where, reason)
-        self.where = where
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
 
 
 class Source(Protocol):
@@ -86,159 +47,6 @@ class Source(Protocol):
 
 
 # Decoding
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    usual = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # tried first, because every other one costs time
-    return (*usual, *(name for name in Image.ID if name not in usual + _REFUSED_FORMATS))
-
-
-@functools.cache
-def _extensions() -> frozenset[str]:
-    known = Image.registered_extensions()
-    return frozenset(ext for ext, name in known.items() if name in _formats()) | {".npy"}
-
-
-def _fill_channels(gray: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W) in [0, 1] or uint8 -> (H, W, C), repeated; a fourth channel is opaque."""
-    values = np.repeat(gray[:, :, None], channels, axis=2)
-    if channels == 4:
-        values[:, :, 3] = 255 if gray.dtype == np.uint8 else 1
-    return values
-
-
-def _frames_first(values: np.ndarray) -> Tensor:
-    """(H, W, C) -> (1, C, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
-
-
-def _check_unit_range(values: np.ndarray, where: str) -> None:
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # written so that NaN is refused too
-        raise BadPicture(where, f"float values from {low:.4g} to {high:.4g}; they must be between 0 and 1")
-
-
-def decode(stream: BinaryIO, where: str, channels: int, height: int | None = None, width: int | None = None) -> Picture:
-    """Decode a picture file with Pillow: upright, its first frame, with the channels that are wanted.
-
-    Args:
-        stream: the encoded bytes.
-        where: what to call it in a message.
-        channels: 1 (luma), 3 (RGB, transparency over white) or 4 (RGBA).
-        height, width: the size wanted in the end, if known: a JPEG that is far larger is decoded at 1/2, 1/4 or 1/8.
-
-    Returns:
-        (1, C, H, W), uint8, or float32 in [0, 1] for 16-bit grey and float pictures.
-
-    Raises:
-        BadPicture: damaged, truncated, not a picture, or above Pillow's limit of pixels.
-    """
-    if channels not in (1, 3, 4):
-        raise BadPicture(
-            where, f"a picture file cannot fill {channels} channels; use .npy arrays of (H, W, {channels})"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(stream, where, channels, height, width)
-    except BadPicture:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise BadPicture(where, f"above Pillow's limit of {limit:.3g} megapixels; shrink it first") from error
-    except UnidentifiedImageError as error:
-        raise BadPicture(where, "not a picture that Pillow can read") from error
-    except Exception as error:  # Pillow's plugins raise nearly every type on a damaged file
-        raise BadPicture(where, f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _decode(stream: BinaryIO, where: str, channels: int, height: int | None, width: int | None) -> Picture:
-    image: Image.Image = Image.open(stream, formats=_formats())
-    notes = []
-    if height is not None and width is not None:
-        # Random crops keep a fifth of the area or more (Training.crop_scale), so this many pixels keep them sharp.
-        # The longer side for both, because the picture may still be turned upright.
-        side = int(max(height, width) / 0.2**0.5) + 1
-        image.draft(None, (side, side))  # does something for JPEG only
-    num_frames = getattr(image, "n_frames", 1)
-    if num_frames > 1:
-        notes.append(f"first of {num_frames} frames used")
-    # Pillow's tile says how pixels are stored; sixteen bits of colour become eight without a word.
-    stored = image.tile[0][3] if image.tile else None  # type: ignore[attr-defined]
-    stored = stored[0] if isinstance(stored, tuple) and stored else stored
-    if isinstance(stored, str) and ";16" in stored and not image.mode.startswith("I"):
-        notes.append("16-bit colour read as 8-bit")
-
-    ImageOps.exif_transpose(image, in_place=True)  # in place, for otherwise it copies every picture
-    mode = image.mode
-    if mode.startswith("I") or mode == "F":
-        values = np.array(image)
-        if mode == "F":
-            _check_unit_range(values, where)
-            notes.append("float")
-        else:
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high > 65535:
-                raise BadPicture(where, f"integers from {low} to {high}; 8-bit and 16-bit pictures can be read")
-            values = values.astype(np.float32) / 65535
-            notes.append("16-bit")
-        values = _fill_channels(values.astype(np.float32, copy=False), channels)
-        return Picture(_frames_first(values), "; ".join(notes))
-
-    if mode not in ("1", "L", "LA", "RGB", "RGBA"):
-        notes.append(f"{'palette' if mode == 'P' else mode} converted to RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if channels != 4 and image.getchannel("A").getextrema() != (255, 255):
-            notes.append("transparency put over white")
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image)
-            image = white
-    elif mode not in ("1", "L"):
-        image = image.convert("RGB")
-    if mode in ("1", "L", "LA") and channels != 1:
-        notes.append("grey repeated")
-    elif mode not in ("1", "L", "LA") and channels == 1:
-        notes.append("colour converted to grey")
-    if image.mode != "RGBA" and channels == 4:
-        notes.append("opaque alpha added")
-    wanted = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    values = np.array(image if image.mode == wanted else image.convert(wanted))
-    values = values[:, :, None] if channels == 1 else values
-    return Picture(_frames_first(values), "; ".join(notes) or None)
-
-
-def decode_array(stream: BinaryIO, where: str, channels: int) -> Picture:
-    """Decode a .npy array of (H, W, C), or (H, W) for one channel; uint8, uint16, or float32 in [0, 1].
-
-    Raises:
-        BadPicture: another shape or dtype, values out of range, or a damaged file.
-    """
-    try:
-        values = np.load(stream, allow_pickle=False)
-    except Exception as error:  # a damaged header raises nearly every type
-        raise BadPicture(where, f"not a .npy array ({type(error).__name__}: {error})") from error
-    if not isinstance(values, np.ndarray):
-        raise BadPicture(where, "an archive of arrays; save one array with numpy.save")
-    shape = values.shape
-    values = values[:, :, None] if values.ndim == 2 else values
-    if values.ndim != 3 or not values.size:
-        raise BadPicture(where, f"an array of shape {shape}; it must be (height, width, {channels})")
-    if values.shape[2] != channels:
-        raise BadPicture(where, f"an array of {values.shape[2]} channels where {channels} are wanted")
-    if values.dtype.name == "uint16":
-        return Picture(_frames_first(values.astype(np.float32) / 65535), "16-bit")
-    if values.dtype.name == "float32":
-        _check_unit_range(values, where)
-        return Picture(_frames_first(values.astype(np.float32)))
-    if values.dtype.name != "uint8":
-        raise BadPicture(where, f"an array of {values.dtype}; use uint8, uint16, or float32 between 0 and 1")
-    return Picture(_frames_first(values))
-
-
-# Folders
 
 
 class Folder:
@@ -329,7 +137,7 @@ def _sort_out(root: Path, files: Sequence[str]) -> tuple[list[str], list[Skipped
     pictures, skipped = [], []
     for path in files:
         extension = os.path.splitext(path)[1].lower()
-        if extension not in _extensions():
+        if extension not in extensions():
             skipped.append(Skipped(path, f"not a picture ({extension or 'no extension'})"))
         elif os.path.getsize(root / path) == 0:
             skipped.append(Skipped(path, "empty file (0 bytes)"))
@@ -513,7 +321,7 @@ class Digits:
         return len(self._images)
 
     def read(self, index: int) -> Picture:
-        return Picture(_frames_first(_fill_channels(self._images[index], self.channels)))
+        return Picture(frames_first(fill_channels(self._images[index], self.channels)))
 
     def label(self, index: int) -> int | None:
         return int(self._labels[index])
