@@ -20,10 +20,11 @@ from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import masked_view, named_holes, predict, repaint
 from unveil.report import Page, contact_sheet, curve, save_png
+from unveil.rundir import METRICS, SHEET
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
-from unveil.train import METRICS, SHEET, Progress
+from unveil.train import Progress
 
 OUT = Path("runs/digits")
 EPOCHS = 160

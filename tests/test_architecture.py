@@ -48,6 +48,7 @@ FLOORS = {
     "features": 6,
     "pipeline": 6,
     "report": 6,
+    "rundir": 6,
     "train": 7,
     "tasks": 8,
     "cli": 9,

@@ -30,7 +30,8 @@ from unveil.config import Recipe, to_dict
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.train import Run, lock, lr_factor, optimizer_for, running_average, train
+from unveil.rundir import lock
+from unveil.train import Run, lr_factor, optimizer_for, running_average, train
 
 # Learning
 

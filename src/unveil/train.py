@@ -1,18 +1,13 @@
-"""The training loop: one optimiser, one running average, one directory that describes the run and resumes it."""
+"""The training loop: one optimiser, one running average, saves to resume from."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -28,17 +23,10 @@ from unveil.masking import draw_mask, scatter
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import masked_view, pixels_of, predict, repaint
 from unveil.report import contact_sheet, save_png
+from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, check_same_run, interruptible, last_loss, lock
 from unveil.tokens import patch_statistics
 
 Precision = Literal["fp32", "bf16"]
-CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
-    "config.json",
-    "metrics.jsonl",
-    "state.pt",
-    "contact_sheet.png",
-    "problems.jsonl",
-)
-
 ADAM_BETAS = (0.9, 0.95)  # MAE, main_pretrain.py
 WEIGHT_DECAY = 0.05  # MAE, main_pretrain.py; not on biases, norms and the class token
 SHEET_STEPS = 20
@@ -73,99 +61,6 @@ class Progress:
     images_seen: int
     loss: float
     images_per_second: float
-
-
-def _step_of(line: str) -> float:
-    """The step of a record; past every step for a line that a killed process left incomplete."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-class Metrics:
-    """Numbers of a run as JSON lines, and as tensorboard scalars if that is installed.
-
-    Records after `step`, of steps that were lost with a killed process and will be made again, are dropped.
-    """
-
-    def __init__(self, out: Path, step: int) -> None:
-        path = out / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
-        self._file = (out / METRICS).open("a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(out / "tensorboard"))
-        except Exception:  # a broken installation must not stop training either
-            self._board = None
-
-    def write(self, record: dict[str, float]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(record["step"]))
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-_locks: list[Any] = []
-
-
-def _drop_locks() -> None:
-    for file in _locks:
-        file.close()
-    _locks.clear()
-
-
-# A forked data worker would share the lock and keep it for seconds after its parent was killed.
-os.register_at_fork(after_in_child=_drop_locks)
-
-
-@contextlib.contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Keep a second process out of a run directory."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out} is in use by another run. Wait for it, or choose another directory.") from None
-        _locks.append(file)
-        try:
-            yield
-        finally:
-            _locks.remove(file)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them, so that the step can end and be saved."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:  # the second time is meant
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -229,41 +124,6 @@ def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0
         for i in range(2):
             rows.append((f"sample {i + 1}, {SHEET_STEPS} DDPM steps", list(samples[:, i])))
     return contact_sheet(rows)
-
-
-def _check_same_run(out: Path, config: dict[str, Any]) -> None:
-    """Refuse a directory that holds another run, and name the first difference."""
-    path = out / CONFIG
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file, and a run needs a directory. Choose another name.")
-    if not path.exists():
-        strangers = [p.name for p in out.iterdir() if p.name != ".lock"]
-        if strangers:
-            raise ValueError(f"{out} is not empty ({strangers[0]!r}) and holds no run. Choose a new directory.")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Choose another directory.") from None
-
-    def differences(a: Any, b: Any, where: str) -> Iterator[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for name in [*a, *(n for n in b if n not in a)]:
-                yield from differences(a.get(name), b.get(name), f"{where}.{name}" if where else name)
-        elif a != b:
-            yield f"{where} was {a!r} and is now {b!r}"
-
-    for part in ("recipe", "data", "seed", "num_samples"):
-        # through JSON, so that tuples compare as the lists they were written as
-        for difference in differences(before.get(part), json.loads(json.dumps(config[part])), part):
-            raise ValueError(
-                f"{out} holds another run: {difference}. Choose another directory; only a run of the same settings goes on, "
-                "because its learning rate is planned for them."
-            )
 
 
 class Trainer:
@@ -398,7 +258,7 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
         "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
         "version": __version__,
     }
-    _check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
+    check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
     with lock(run.out), interruptible() as interrupted:
         trainer = Trainer(recipe, samples, run)
         resumed = trainer.load()
@@ -410,13 +270,6 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
         finally:
             metrics.close()
     return {"out": str(run.out), "resumed": resumed, **outcome}
-
-
-def last_loss(out: Path) -> float | None:
-    """The loss of the last record of a run; None before the first."""
-    path = out / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1])["loss"] if lines else None
 
 
 def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
