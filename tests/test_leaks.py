@@ -407,18 +407,20 @@ def test_a_pictures_samples_do_not_depend_on_its_batch(name: str, sampler: Any) 
     holes = torch.cat([token_holes(model.recipe, 1, hidden, seed) for seed, hidden in enumerate((3, 9, 3, 0, 9))])
     holes[2] |= pixel_holes(model.recipe, 1)[0]
     settings: dict[str, Any] = {"num_steps": 4, "sampler": sampler, "seed": 7}
-    together = repaint(model, clips, holes, num_samples=2, first_index=10, **settings)
+    together = repaint(model, clips, holes, num_samples=2, indices=range(10, 10 + len(clips)), **settings)
     for i in range(5):
-        alone = repaint(model, clips[i : i + 1], holes[i : i + 1], num_samples=2, first_index=10 + i, **settings)
+        alone = repaint(model, clips[i : i + 1], holes[i : i + 1], num_samples=2, indices=[10 + i], **settings)
         assert_close(alone[0], together[i], rtol=1e-5, atol=1e-5)
     assert torch.equal(together[3], clips[3].expand(2, -1, -1, -1, -1))  # nothing hidden, nothing done
-    fewer = repaint(model, clips, holes, num_samples=1, first_index=10, **settings)
+    fewer = repaint(model, clips, holes, num_samples=1, indices=range(10, 10 + len(clips)), **settings)
     assert_close(fewer[:, 0], together[:, 0], rtol=1e-5, atol=1e-5)
     if name != "mae_raw":
         assert not torch.equal(together[0, 0], together[0, 1])
-        other = repaint(model, clips, holes, num_samples=2, first_index=11, **settings)
+        other = repaint(model, clips, holes, num_samples=2, indices=range(11, 11 + len(clips)), **settings)
         assert not torch.equal(other[0], together[0])
-        other = repaint(model, clips, holes, num_samples=2, first_index=10, **{**settings, "seed": 8})
+        other = repaint(
+            model, clips, holes, num_samples=2, indices=range(10, 10 + len(clips)), **{**settings, "seed": 8}
+        )
         assert not torch.equal(other[0], together[0])
 
 

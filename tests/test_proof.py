@@ -1,6 +1,7 @@
 """The code that makes published numbers: probes without a look at the test labels, scores as they are named."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,17 @@ def test_the_readmes_table_of_recipes_is_the_code() -> None:
         assert target == ("patch-normalised pixels" if recipe.branch.patch_norm else "raw pixels")
         assert recipe.decoder is not None
         assert decoder == recipe.decoder.kind
+
+
+def test_rows_without_a_label_are_no_class(run: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = open_source("digits:test", 1)
+    images = []
+    for i in range(len(source)):
+        buffer = io.BytesIO()
+        Image.fromarray(source.read(i).values[0, 0].numpy()).save(buffer, format="PNG")
+        images.append(buffer.getvalue())
+    labels = [None if i == 0 else source.label(i) for i in range(len(source))]
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "d.parquet")
+    result = probe(Probe(run=run, data=str(tmp_path / "d.parquet"), test_data="digits:test", labels_per_class=10))
+    assert result["train_samples"] == len(source) - 1

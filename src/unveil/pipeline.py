@@ -62,7 +62,7 @@ def repaint(
     sampler: Sampler = "ddpm",
     num_samples: int = 1,
     seed: int = 0,
-    first_index: int = 0,
+    indices: Sequence[int] | None = None,
     reimpose_known: bool = True,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -75,7 +75,7 @@ def repaint(
         clips: (B, C, T, H, W) in [0, 1]. What lies under a hole is never read.
         holes: (B, T, H, W) bool, True = repaint. A token is hidden if any of its pixels is.
         num_samples: different answers for each hole.
-        seed, first_index: noise of clip i and sample s depends on (seed, first_index + i, s) alone.
+        seed, indices: noise of clip i and sample s depends on (seed, indices[i], s) alone; indices are 0, 1, ... if not given.
         reimpose_known: tell the sampler the known pixels inside hidden tokens at every step.
         on_step: called with (t, predictions of the group's hidden tokens) at each step.
 
@@ -107,7 +107,7 @@ def repaint(
         rows, mask = rows.to(clips.device), mask.to(clips.device)
         known = ~gather(hole_values[rows], mask.hidden)
         known = known if reimpose_known and known.any() else None
-        noise = RowNoise(seed, [first_index + i for i in rows.tolist()])
+        noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
         denoise = model.denoiser(x0[rows], mask, known, noise)
         step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
         for sample in range(num_samples):

@@ -241,7 +241,7 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
 
     Args:
         samples: of the recipe's clip, with its training section for augmentation.
-        on_progress: called with a `Progress` about ten times a second at most.
+        on_progress: called with a `Progress` about once a second, and at every save.
 
     Returns:
         The run's outcome: steps, images_seen, loss (mean over the last record), seconds of this call, where it lies,

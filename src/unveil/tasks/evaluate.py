@@ -1,6 +1,6 @@
 """How good repainting is on held-out data: decibels in the hole, diversity and sharpness."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def score(
     num_steps: int,
     sampler: Sampler,
     seed: int,
-    first_index: int = 0,
+    indices: Sequence[int] | None = None,
     reimpose_known: bool = True,
 ) -> dict[str, Tensor]:
     """Per-picture figures of one batch, (B,) each; MSE in the hole, values in [0, 1].
@@ -63,7 +63,7 @@ def score(
     sharpness: the samples' Laplacian energy over the truth's, both summed by the caller.
     """
     inside = holes[:, None].expand_as(clips)
-    prediction = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, first_index=first_index)[:, 0]
+    prediction = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, indices=indices)[:, 0]
     figures = {
         "prediction": hole_mse(prediction, clips, holes),
         "laplacian_truth": laplacian_energy(clips, holes),
@@ -80,7 +80,7 @@ def score(
             sampler=sampler,
             num_samples=num_samples,
             seed=seed,
-            first_index=first_index,
+            indices=indices,
             reimpose_known=reimpose_known,
         )
         each = torch.stack([hole_mse(samples[:, s], clips, holes) for s in range(num_samples)])
@@ -132,7 +132,7 @@ def evaluate(options: Evaluate, on_progress: Callable[[int, int], None] | None =
                 num_steps=options.num_steps,
                 sampler=options.sampler,
                 seed=options.seed,
-                first_index=done,
+                indices=indices,
             )
         )
         done += take

@@ -224,7 +224,7 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
             sampler=options.sampler,
             num_samples=num_samples,
             seed=options.seed,
-            first_index=index,
+            indices=[index],
         )[0].cpu()
         mean = predict(model, small, small_hole, seed=options.seed)[0].cpu()
         stem = _stem(source.where(index), stems)

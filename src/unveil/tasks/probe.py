@@ -55,16 +55,22 @@ class Probe:
     """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
 
 
+def _check_enough(available: Counter[int], per_class: int) -> None:
+    """Refuse to draw more labels of a class than it has."""
+    fewest = min(available, key=lambda label: available[label])
+    if available[fewest] < per_class:
+        raise ValueError(
+            f"--labels-per-class {per_class}, but class {fewest} has {available[fewest]} training samples. "
+            f"Use {available[fewest]} or fewer."
+        )
+
+
 def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     """Indices of per_class random samples of each class."""
+    _check_enough(Counter(labels.tolist()), per_class)
     chosen = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        if len(members) < per_class:
-            raise ValueError(
-                f"--labels-per-class {per_class}, but class {label} has {len(members)} training samples. "
-                f"Use {len(members)} or fewer."
-            )
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
     return torch.cat(chosen)
 
@@ -120,13 +126,9 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
             untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
         functions |= {"untrained encoder": encoder_features(untrained, options.pool), "raw pixels": raw_pixels}
 
-    available = Counter(train_samples.source.label(i) for i in range(len(train_samples)))
-    fewest = min(available, key=lambda label: available[label])
-    if options.labels_per_class is not None and available[fewest] < options.labels_per_class:
-        raise ValueError(
-            f"--labels-per-class {options.labels_per_class}, but class {fewest} has {available[fewest]} training samples. "
-            f"Use {available[fewest]} or fewer."
-        )
+    if options.labels_per_class is not None:  # before the long part; a held-out share is only known after it
+        labels_there = [train_samples.source.label(i) for i in range(len(train_samples))]
+        _check_enough(Counter(label for label in labels_there if label is not None), options.labels_per_class)
     test_samples = None if options.test_data is None else _labelled(options.test_data, clip)
     if test_samples is not None and train_samples.source.classes != test_samples.source.classes:
         raise ValueError(
