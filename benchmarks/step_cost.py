@@ -39,7 +39,7 @@ class Options:
 
 def ours(recipe: Recipe, pictures: torch.Tensor) -> Callable[[], None]:
     model = MaskedDiffusionAutoencoder(recipe).train()
-    objective, optimizer = Objective(model), optimizer_for(model, 1e-4)
+    objective, optimizer = Objective(model), optimizer_for(model, recipe.training)
     clips = pictures[:, :, None]
 
     def step() -> None:
@@ -68,7 +68,7 @@ def hugging_face(recipe: Recipe, pictures: torch.Tensor) -> Callable[[], None]:
         norm_pix_loss=True,
     )
     model = transformers.ViTMAEForPreTraining(config).train()
-    optimizer = optimizer_for(model, 1e-4)
+    optimizer = optimizer_for(model, recipe.training)
 
     def step() -> None:
         loss = model(pictures).loss

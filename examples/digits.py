@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from unveil.checkpoint import load_model
-from unveil.config import Recipe, Schedule
+from unveil.config import Condition, Recipe, Schedule
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
@@ -56,17 +56,17 @@ def loss_towards_mae(model: MaskedDiffusionAutoencoder, clips: torch.Tensor) -> 
     """DiffMAE's loss as rho goes to 0 with the noise fixed, and the loss of the MAE that it becomes.
 
     With one noise patch z for every token, x_t tends to z, so the decoder's input tends to the constant
-    noisy_embed(z) + time_embed(t) at every hidden token: a mask token. The MAE has exactly that mask token and all
+    noisy_embed(z) + condition(t) at every hidden token: a mask token. The MAE has exactly that mask token and all
     other weights the same.
     """
-    recipe, t, z = (
-        model.recipe,
-        100,
-        torch.randn(model.recipe.clip.token_dim, generator=torch.Generator().manual_seed(0)),
+    recipe, schedule, decoder, t = model.recipe, model.schedule, model.decoder, torch.full((len(clips),), 100)
+    assert (
+        schedule is not None and model.condition is not None and decoder is not None and decoder.noisy_embed is not None
     )
-    drawn = draw(recipe, model.schedule, 0, 0, range(len(clips)))
-    assert drawn.noise is not None
-    fixed = Draws(drawn.mask, torch.full((len(clips),), t), z.expand_as(drawn.noise))
+    z = torch.randn(recipe.clip.token_dim, generator=torch.Generator().manual_seed(0))
+    (drawn,) = draw(recipe, schedule, 0, 0, range(len(clips))).branches
+    assert drawn is not None and drawn.noise is not None
+    fixed = Draws((dataclasses.replace(drawn, t=t, noise=z.expand_as(drawn.noise)),))
 
     def loss(recipe: Recipe, state: dict[str, torch.Tensor], draws: Draws) -> float:
         other = MaskedDiffusionAutoencoder(recipe)
@@ -77,14 +77,14 @@ def loss_towards_mae(model: MaskedDiffusionAutoencoder, clips: torch.Tensor) -> 
     diffusion = [
         loss(dataclasses.replace(recipe, schedule=Schedule(kind="linear", rho=rho)), state, fixed) for rho in RHOS
     ]
-    decoder = model.decoder
-    assert decoder is not None and decoder.noisy_embed is not None and decoder.time_embed is not None
-    token = decoder.noisy_embed(z) + decoder.time_embed(torch.tensor([t]))[0]
-    shared = {n: v for n, v in state.items() if not n.startswith(("decoder.noisy_embed", "decoder.time_embed"))}
-    mae = dataclasses.replace(recipe, branch=dataclasses.replace(recipe.branch, noise_on="none"), schedule=None)
-    return diffusion, loss(
-        mae, {**shared, "decoder.mask_token": token.reshape(1, 1, -1)}, Draws(drawn.mask, None, None)
+    token = decoder.noisy_embed(z) + model.condition(schedule.network_time(t[:1]), None)
+    shared = {n: v for n, v in state.items() if not n.startswith(("decoder.noisy_embed", "condition."))}
+    (branch,) = recipe.branches
+    mae = dataclasses.replace(
+        recipe, branches=(dataclasses.replace(branch, noise_on="none"),), schedule=None, condition=Condition()
     )
+    masked = Draws((dataclasses.replace(drawn, t=None, noise=None),))
+    return diffusion, loss(mae, {**shared, "decoder.mask_token": token.reshape(1, 1, -1)}, masked)
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """Recipes and inputs of test size, and every shipped variant; imported by the tests, itself without one."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unveil import recipes
-from unveil.config import Decoder, Encoder, Recipe
-from unveil.losses import Draws, Objective, draw
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.config import Decoder, Recipe
+from unveil.corruption import Corrupted, corrupt
+from unveil.losses import BranchDraws, Draws, Objective, draw
+from unveil.model import MaskedDiffusionAutoencoder, Predictions
 
 # Everything that the shipped functions can make of their arguments, once. The rule of two is held against this list.
+# "generator" is no argument: it makes the recipe its generator of that many classes.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mae": ("mae", {}),
     "mae_raw": ("mae_raw", {}),
@@ -32,23 +35,70 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffmae digits": ("diffmae", {"size": "Nano/4", "channels": 1, "height": 28}),
     "mae cross_self": ("mae_raw", {"decoder": "cross_self"}),
     "mae video": ("mae", {"frames": 16, "tubelet_size": 2, "mask_ratio": 0.9}),
+    "dit": ("dit", {}),
+    "dit classes": ("dit", {"num_classes": 1000}),
+    "dit generator": ("dit", {"generator": 1000}),
+    "maskdit": ("maskdit", {}),
+    "maskdit classes": ("maskdit", {"num_classes": 1000}),
+    "maskdit generator": ("maskdit", {"generator": 1000}),
+    "umd": ("umd", {}),
+    "umd faithful": ("umd", {"faithful": True}),
+    "umd small": ("umd", {"size": "S/4"}),
+    "umd latent": ("umd", {"size": "L/2", "channels": 4, "height": 32}),
+    "umd video": ("umd", {"frames": 16, "tubelet_size": 2}),
+    "umd_finetune": ("umd_finetune", {}),
+    "umd_finetune faithful": ("umd_finetune", {"faithful": True, "num_classes": 10}),
+    "umd_flow": ("umd_flow", {}),
+    "umd_flow video": ("umd_flow", {"frames": 16, "tubelet_size": 2}),
+    "umd_flow generator": ("umd_flow", {"generator": 1000}),
+    "dit_umd": ("dit_umd", {}),
+    "dit_umd generator": ("dit_umd", {"generator": 1000}),
+    "maskdit_umd": ("maskdit_umd", {}),
+    "maskdit_umd generator": ("maskdit_umd", {"generator": 1000}),
+    "mae_umd": ("mae_umd", {}),
+    "mae_umd faithful": ("mae_umd", {"faithful": True}),
+    "mae_umd generator": ("mae_umd", {"generator": 1000}),
 }
+SMALL_CLASSES = 5
+
+
+def make(name: str, arguments: dict[str, Any]) -> Recipe:
+    """What a line of VARIANTS stands for."""
+    arguments = dict(arguments)
+    num_classes = arguments.pop("generator", 0)
+    recipe = recipes.RECIPES[name](**arguments)
+    return recipes.generator(recipe, num_classes) if num_classes else recipe
 
 
 def shipped(variant: str) -> Recipe:
     """A variant at its full size."""
-    name, arguments = VARIANTS[variant]
-    return recipes.RECIPES[name](**arguments)
+    return make(*VARIANTS[variant])
 
 
 def small(name: str = "diffmae", *, depth: int = 3, decoder_depth: int = 2, **arguments: Any) -> Recipe:
-    """A shipped recipe at test size: 16 pixels in patches of 4, three blocks of width 32, two of width 16."""
-    recipe = recipes.RECIPES[name](**{"size": "Nano/4", "height": 16, **arguments})
-    decoder = None
-    if recipe.decoder is not None:
-        taps = (depth,) if recipe.decoder.kind == "joint" else recipes.stage_ends(depth, decoder_depth)
-        decoder = Decoder(kind=recipe.decoder.kind, embed_dim=16, depth=decoder_depth, num_heads=2, taps=taps)
-    return dataclasses.replace(recipe, encoder=Encoder(embed_dim=32, depth=depth, num_heads=4), decoder=decoder)
+    """A shipped recipe at test size: 16 pixels in patches of 4, three blocks of width 32, two of width 16.
+
+    A decoder as wide as its encoder stays so (UMD's). generator=K makes it its generator; umd_finetune has five classes.
+    """
+    if name == "umd_finetune":
+        arguments.setdefault("num_classes", SMALL_CLASSES)
+    recipe = make(name, {"size": "Nano/4", "height": 16, **arguments})
+    wide, decoder, told = 32, recipe.decoder, recipe.condition
+    if decoder is not None:
+        taps = (depth,) if decoder.kind == "joint" else recipes.stage_ends(depth, decoder_depth)
+        width = wide if decoder.embed_dim == recipe.encoder.embed_dim else wide // 2
+        decoder = Decoder(
+            kind=decoder.kind,
+            embed_dim=width,
+            depth=decoder_depth,
+            num_heads=width // 8,
+            taps=taps,
+            summary=decoder.summary,
+        )
+    if told.label_tokens:
+        told = dataclasses.replace(told, label_tokens_from=depth // 3 + 1)
+    encoder = dataclasses.replace(recipe.encoder, embed_dim=wide, depth=depth, num_heads=wide // 8)
+    return dataclasses.replace(recipe, encoder=encoder, decoder=decoder, condition=told)
 
 
 def small_variant(variant: str) -> Recipe:
@@ -59,6 +109,7 @@ def small_variant(variant: str) -> Recipe:
         sizes["frames"] = 4
     if "width" in arguments:
         sizes.update(height=8, width=24)
+    sizes.update({key: SMALL_CLASSES for key in ("num_classes", "generator") if key in arguments})
     return small(name, **{**arguments, **sizes})
 
 
@@ -83,7 +134,56 @@ def clips_for(recipe: Recipe, n: int = 2, seed: int = 0) -> Tensor:
     return torch.rand(n, clip.channels, clip.frames, clip.height, clip.width, generator=generator(seed))
 
 
-def batch_for(recipe: Recipe, n: int = 2, seed: int = 0) -> tuple[Objective, Tensor, Draws]:
-    """A model's training step, its clips and its draws."""
+def labels_for(recipe: Recipe, n: int = 2, seed: int = 0) -> Tensor | None:
+    """n classes (n,), or None for a recipe without classes."""
+    num_classes = recipe.condition.num_classes
+    return torch.randint(num_classes, (n,), generator=generator(seed)) if num_classes else None
+
+
+def enough(recipe: Recipe) -> int:
+    """So many clips that every branch has some: 2 of one branch, 4 of two halves, 20 where one has a twentieth."""
+    shares = [branch.share for branch in recipe.branches]
+    return max(2 * len(shares), math.ceil(1 / min(shares)))
+
+
+def batch_for(recipe: Recipe, n: int | None = None, seed: int = 0) -> tuple[Objective, Tensor, Draws]:
+    """A model's training step, clips that are enough for every branch, and its draws."""
+    n = enough(recipe) if n is None else n
     objective = Objective(build(recipe, seed))
-    return objective, clips_for(recipe, n, seed), draw(recipe, objective.model.schedule, seed, 0, range(n))
+    labels = labels_for(recipe, n, seed)
+    return (
+        objective,
+        clips_for(recipe, n, seed),
+        draw(recipe, objective.model.schedule, seed, 0, range(n), labels=labels),
+    )
+
+
+# Every branch of every variant, for tests that look at one at a time.
+BRANCHES = [(variant, number) for variant in VARIANTS for number in range(len(shipped(variant).branches))]
+BRANCH_IDS = [f"{variant}: {shipped(variant).branches[number].noise_on}" for variant, number in BRANCHES]
+
+
+def only(draws: Draws, number: int) -> Draws:
+    """The same draws with nothing for the other branches."""
+    return Draws(tuple(part if i == number else None for i, part in enumerate(draws.branches)))
+
+
+def part_of(draws: Draws, number: int = 0) -> BranchDraws:
+    part = draws.branches[number]
+    assert part is not None
+    return part
+
+
+def corrupted(objective: Objective, clips: Tensor, draws: Draws, number: int = 0) -> Corrupted:
+    """What a branch makes of its clips."""
+    part, model = part_of(draws, number), objective.model
+    x0 = model.tokens(clips[part.rows])
+    noise_on = model.recipe.branches[number].noise_on
+    return corrupt(x0, part.mask, noise_on, part.t, model.schedule, part.noise)
+
+
+def predicted(objective: Objective, clips: Tensor, draws: Draws, number: int = 0) -> Predictions:
+    """What the model predicts for a branch's clips, wherever the branch scores something."""
+    part, c = part_of(draws, number), corrupted(objective, clips, draws, number)
+    places = tuple(dict.fromkeys(term.on for term in objective.model.recipe.branches[number].terms))
+    return objective.model(c.x_enc, part.mask, c.x_dec, part.t, part.labels, on=places)

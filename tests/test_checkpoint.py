@@ -1,5 +1,6 @@
 """Weight files describe themselves, are written whole or not at all, and say what is wrong with them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small import VARIANTS, build, clips_for, small, small_variant
+from small import VARIANTS, build, clips_for, shipped, small, small_variant
 
 from unveil import __version__
 from unveil.checkpoint import (
@@ -24,7 +25,7 @@ from unveil.checkpoint import (
 from unveil.config import recipe_from_dict, to_dict
 from unveil.model import MaskedDiffusionAutoencoder
 
-ABOUT = About(step=7, images_seen=99, ema=True, data="photos/", command="unveil pretrain --data photos/")
+ABOUT = About(step=7, images_seen=99, ema_decay=0.999, data="photos/", command="unveil pretrain --data photos/")
 
 
 def save(path: Path, model: MaskedDiffusionAutoencoder) -> Path:
@@ -72,10 +73,13 @@ def test_a_file_describes_itself_to_other_programs(weights: Path) -> None:
     metadata, tensors = header_and_tensors(weights)
     assert metadata["format"] == FORMAT
     recipe, about = json.loads(metadata["recipe"]), json.loads(metadata["about"])
-    assert recipe["branch"]["target"] == "x0"
+    (branch,) = recipe["branches"]
+    assert (branch["noise_on"], branch["mask_ratio"], branch["share"]) == ("hidden", 0.75, 1.0)
+    assert branch["terms"] == [{"predict": "x0", "on": "hidden", "weight": 1.0, "patch_norm": False, "space": "plain"}]
     assert recipe["clip"]["mean"] == [0.5] * 3
     assert recipe["size"] == "Nano/4"
-    assert about == {**to_dict(ABOUT), "version": __version__}
+    assert about == {**to_dict(ABOUT), "classes": [], "version": __version__}
+    assert about["ema_decay"] == 0.999
     assert tensors.keys() == build(small()).state_dict().keys()
 
 
@@ -84,6 +88,26 @@ def test_the_header_is_read_without_the_tensors(weights: Path) -> None:
     assert recipe == small()
     assert about == ABOUT
     assert shapes == {name: tuple(v.shape) for name, v in build(small()).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        dataclasses.replace(ABOUT, ema_decay=None),
+        dataclasses.replace(ABOUT, ema_decay=0.9999),
+        dataclasses.replace(ABOUT, classes=("cat", "dog", "Übergröße")),
+    ],
+)
+def test_what_a_file_says_of_itself_is_read_back(tmp_path: Path, about: About) -> None:
+    model = build(small())
+    save_weights(tmp_path / WEIGHTS, model.recipe, model.state_dict(), about)
+    assert read_header(tmp_path)[1] == load_model(tmp_path)[1] == about
+
+
+def test_a_header_without_classes_is_of_a_model_without(weights: Path) -> None:
+    about = to_dict(ABOUT)
+    del about["classes"]
+    assert load_model(changed(weights, {"about": json.dumps(about)}))[1] == ABOUT
 
 
 def test_a_directory_and_a_file_both_name_weights(weights: Path) -> None:
@@ -113,7 +137,7 @@ def test_an_encoder_alone_refuses(weights: Path) -> None:
 
 
 def test_tensors_missing_in_several_parts_refuse(weights: Path) -> None:
-    names = [name for name in header_and_tensors(weights)[1] if name.endswith("norm.weight")]
+    names = [name for name in header_and_tensors(weights)[1] if name.endswith(".norm.weight")]
     assert len({name.split(".")[0] for name in names}) == 2
     changed(weights, **{name.replace(".", "__"): None for name in names})
     with pytest.raises(ValueError, match=rf"lacks {len(names)} of .*the first is '{min(names)}'"):
@@ -121,8 +145,8 @@ def test_tensors_missing_in_several_parts_refuse(weights: Path) -> None:
 
 
 def test_an_extra_tensor_refuses(weights: Path) -> None:
-    changed(weights, rope__freqs=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"holds 1 tensors that its recipe does not have, as 'rope\.freqs'"):
+    changed(weights, condition__time__fc3__weight=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"holds 1 tensors that its recipe does not have, as 'condition\.time\.fc3"):
         load_model(weights)
 
 
@@ -152,17 +176,29 @@ def test_another_kind_of_file_refuses(tmp_path: Path) -> None:
         load_model(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "unveil-2"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "unveil-3"}, {"format": "unveil"}])
 def test_a_file_that_does_not_describe_itself_refuses(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(3)}, path, metadata)
-    with pytest.raises(ValueError, match="does not describe itself as unveil-1"):
+    with pytest.raises(ValueError, match="does not describe itself as unveil-2"):
         load_model(path)
 
 
-def edited(section: str | None, **fields: Any) -> dict[str, str]:
-    recipe = json.loads(json.dumps(to_dict(small())))
-    part = recipe if section is None else recipe[section]
+def test_a_file_of_the_first_version_refuses_with_a_sentence_of_its_own(weights: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"was written by Unveil 0\.1, .*Train it again, or read it with that"
+    ) as caught:
+        load_model(changed(weights, {"format": "unveil-1"}))
+    assert str(weights) in str(caught.value)
+    assert "describe itself" not in str(caught.value)
+
+
+def edited(section: str | None, variant: str = "diffmae", **fields: Any) -> dict[str, str]:
+    """The header of a recipe with some fields changed, of a section such as "branches.0"; ... takes a field out."""
+    recipe = json.loads(json.dumps(to_dict(small_variant(variant))))
+    part = recipe
+    for step in section.split(".") if section else ():
+        part = part[int(step) if step.isdecimal() else step]
     for name, value in fields.items():
         part.pop(name, None)
         if value is not ...:
@@ -174,12 +210,33 @@ def edited(section: str | None, **fields: Any) -> dict[str, str]:
     "header, message",
     [
         (
-            edited("branch", mask_ration=0.5),
-            r"Unknown field 'mask_ration' in Recipe\.branch\. Did you mean 'mask_ratio'\?",
+            edited("branches.0", mask_ration=0.5),
+            r"Unknown field 'mask_ration' in Recipe\.branches\[0\]\. Did you mean 'mask_ratio'\?",
         ),
-        (edited(None, banch={}), r"Unknown field 'banch' in Recipe\. Did you mean 'branch'\?"),
-        (edited("branch", noise_on=...), r"Recipe\.branch lacks the field 'noise_on'"),
-        (edited("branch", noise_on="hiden"), r"noise_on='hiden'.*Did you mean 'hidden'\?"),
+        (edited(None, banches={}), r"Unknown field 'banches' in Recipe\. Did you mean 'branches'\?"),
+        (edited("branches.0", noise_on=...), r"Recipe\.branches\[0\] lacks the field 'noise_on'"),
+        (edited("branches.0", noise_on="hiden"), r"noise_on='hiden'.*Did you mean 'hidden'\?"),
+        (edited("branches.1", "umd", share=0.4), r"branches of the shares \[0\.5, 0\.4\]; they must sum to 1"),
+        (edited(None, branches=[]), r"branches of the shares \[\]; they must sum to 1"),
+        (edited(None, branches={}), r"Recipe\.branches is \{\}, but it must be a list"),
+        (edited(None, "umd", branches=["umd"]), r"Recipe\.branches\[0\] is 'umd', but it must be a section"),
+        (
+            edited("branches.1.terms.0", "umd", predict="epsilon"),
+            r"Term has predict='epsilon', which does not exist\. Did you mean 'eps'\?",
+        ),
+        (edited("branches.1.terms.0", "umd", weight="half"), r"branches\[1\]\.terms\[0\]\.weight is 'half'"),
+        (edited("branches.1.terms.0", "umd", wait=1), r"Unknown field 'wait' in Recipe\.branches\[1\]\.terms\[0\]\."),
+        (
+            edited("branches.1.terms.0", "umd", on="hidden"),
+            r"predicts 'eps' on hidden tokens.*there is no noise on them",
+        ),
+        (edited("network", positions="rotery"), r"positions='rotery'.*Did you mean 'rotary'\?"),
+        (edited("condition", "umd", time="none"), r"has noise but time='none'"),
+        (edited("condition", num_classes=-1), r"num_classes=-1"),
+        (edited("training", ema_decay=0.9), r"Unknown field 'ema_decay' in .*training\. Did you mean 'ema_decays'\?"),
+        (edited("training", ema_decays=[1.0]), r"ema_decays=\(1\.0,\)"),
+        (edited("training", grad_clip=0), r"grad_clip=0"),
+        (edited("training", lr_schedule="cosin"), r"lr_schedule='cosin'.*Did you mean 'cosine'\?"),
         (edited("encoder", depth="3"), r"Recipe\.encoder\.depth is '3', but it must be of type int"),
         (edited("encoder", depth=True), r"Recipe\.encoder\.depth is True"),
         (edited("clip", height=15), r"height=15, which patch_size=4 does not divide"),
@@ -187,6 +244,7 @@ def edited(section: str | None, **fields: Any) -> dict[str, str]:
         ({"recipe": "{"}, "cannot read"),
         ({"about": "{}"}, "cannot read"),
         ({"about": json.dumps({**to_dict(ABOUT), "mood": "fine"})}, "mood"),
+        ({"about": json.dumps({**to_dict(ABOUT), "ema": True})}, "ema"),
     ],
 )
 def test_a_header_that_does_not_fit_refuses(weights: Path, header: dict[str, str], message: str) -> None:
@@ -198,8 +256,8 @@ def test_a_header_that_does_not_fit_refuses(weights: Path, header: dict[str, str
 
 def test_every_recipe_survives_its_header() -> None:
     for variant in VARIANTS:
-        recipe = small_variant(variant)
-        assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+        for recipe in (small_variant(variant), shipped(variant)):
+            assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
 def test_a_write_that_fails_leaves_the_old_file(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

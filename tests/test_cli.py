@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +24,14 @@ import tyro
 from PIL import Image
 from small import build, small
 
-from unveil import cli
+from unveil import cli, recipes
 from unveil import train as train_module
-from unveil.checkpoint import WEIGHTS, About, save_weights
-from unveil.tasks.evaluate import Evaluate
-from unveil.tasks.info import Info
-from unveil.tasks.inpaint import Inpaint
-from unveil.tasks.pretrain import Pretrain, parse_image_size
-from unveil.tasks.probe import Probe
+from unveil.checkpoint import WEIGHTS, About, read_header, save_weights
+from unveil.tasks.pretrain import Pretrain, parse_image_size, recipe_of
 
-ABOUT = About(step=1, images_seen=1, ema=True, data="nothing", command="none")
-COMMANDS = {"pretrain": Pretrain, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate, "info": Info}
+ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
+COMMANDS = {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", options.__name__).lower(): options for options in cli.RUN}
+DIGITS: dict[str, Any] = {"size": "Nano/2", "channels": 1, "height": 8}
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -76,12 +74,12 @@ def assert_refuses(outcome: Outcome, *patterns: str) -> None:
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
     """A model of the digits' size that has learnt nothing."""
-    return save(tmp_path / "digits_run", size="Nano/2", channels=1, height=8)
+    return save(tmp_path / "digits_run", **DIGITS)
 
 
-def save(run: Path, name: str = "diffmae", **arguments: Any) -> Path:
+def save(run: Path, name: str = "diffmae", about: About = ABOUT, **arguments: Any) -> Path:
     model = build(small(name, **arguments))
-    save_weights(run / WEIGHTS, model.recipe, model.state_dict(), ABOUT)
+    save_weights(run / WEIGHTS, model.recipe, model.state_dict(), about)
     return run
 
 
@@ -96,27 +94,45 @@ def photos(folder: Path, classes: int = 2, each: int = 12, size: int = 20) -> Pa
     return folder
 
 
+def test_every_command_can_be_run() -> None:
+    assert tuple(COMMANDS) == cli.COMMANDS
+    assert {"pretrain", "inpaint", "probe", "evaluate", "info"} <= COMMANDS.keys()
+
+
 # Output
 
 
+COMMANDS_WITH_FIELDS = [
+    ("pretrain --data digits:test --out {new} --epochs 1", {"out", "finished", "step", "loss", "skipped"}),
+    ("inpaint --run {run} --images digits:test --out {new} --limit 2 --num-steps 2", {"pictures", "sheet"}),
+    ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
+    ("evaluate --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2", {"psnr", "std", "sharpness"}),
+    ("info --run {run}", {"recipe", "about", "can", "parameters"}),
+    ("generate --run {dit} --out {new} --num-samples 2 --num-steps 2", {"out"}),
+    ("finetune-generator --run {dit} --data digits:test --out {new} --epochs 1", {"finished", "fresh", "loaded"}),
+]
+
+
 @pytest.mark.parametrize(
-    "command, fields",
+    "command, fields, first",
     [
-        ("pretrain --data digits:test --out {new} --epochs 1", {"out", "finished", "step", "loss", "skipped"}),
-        ("inpaint --run {run} --images digits:test --out {new} --limit 2 --num-steps 2", {"pictures", "sheet"}),
-        ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
+        *((command, fields, first) for command, fields in COMMANDS_WITH_FIELDS for first in (False, True)),
         (
-            "evaluate --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2",
-            {"psnr", "std", "sharpness"},
+            "pretrain --data digits:test --out {new} --epochs 1 --size Nano/4 --recipe umd_flow --labels",
+            {"loss"},
+            False,
         ),
-        ("info --run {run}", {"recipe", "about", "can", "parameters"}),
+        ("probe --run {dit} --data digits:test --time 51", {"results", "pool", "time"}, False),
+        ("inpaint --run {dit} --images digits:test --out {new} --limit 1 --num-steps 2", {"pictures", "sheet"}, False),
+        ("evaluate --run {dit} --data digits:test --limit 2 --num-steps 2 --num-samples 2", {"psnr", "std"}, False),
     ],
 )
-@pytest.mark.parametrize("first", [False, True])
 def test_json_is_the_last_line_of_stdout_and_text_is_on_stderr(
     tmp_path: Path, digits: Path, unveil: Unveil, command: str, fields: set[str], first: bool
 ) -> None:
-    command = command.format(run=digits, new=tmp_path / "new")
+    if "{dit}" in command:
+        save(tmp_path / "dit_run", "dit", **DIGITS)
+    command = command.format(run=digits, dit=tmp_path / "dit_run", new=tmp_path / "new")
     name, _, rest = command.partition(" ")
     outcome = unveil(f"{name} --json {rest}" if first else f"{command} --json")
     assert outcome.code == 0
@@ -163,6 +179,62 @@ def test_probe_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: 
     assert json.loads(unveil(command + " --seed 1", "--run", digits).out)["results"] != first["results"]
 
 
+UMDS_FAMILY = ["umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd"]
+
+
+@pytest.mark.parametrize("name", ["mae", "diffmae", "dit", "maskdit", *UMDS_FAMILY])
+def test_probe_reads_what_the_recipe_trains_as_its_summary(tmp_path: Path, unveil: Unveil, name: str) -> None:
+    """The class tokens of UMD's family, whose mean its decoder reads; otherwise the patches. Either can be asked for."""
+    run = save(tmp_path / "run", name, **DIGITS)
+    command = "probe --data digits:test --no-baselines --labels-per-class 5 --json"
+    default, mean, other = (
+        json.loads(unveil(f"{command} {pool}", "--run", run).out or "{}")
+        for pool in ("", "--pool mean", "--pool class" if name not in ("dit", "maskdit") else "--pool mean --seed 1")
+    )
+    assert default["pool"] == ("class" if name in UMDS_FAMILY else "mean")
+    assert default == (other if name in UMDS_FAMILY else mean)
+    assert mean["results"] != other["results"]
+    if name in ("dit", "maskdit"):
+        assert_refuses(unveil(f"{command} --pool class", "--run", run), f"{name} has no class token. Use --pool mean")
+
+
+@pytest.mark.parametrize("name, time", [("dit", "51"), ("umd", "51"), ("umd_flow", "0.1"), ("diffmae nothing", "51")])
+def test_probe_at_a_time_is_repeatable_and_independent_of_the_batch(
+    tmp_path: Path, unveil: Unveil, name: str, time: str
+) -> None:
+    recipe, _, hidden = name.partition(" ")
+    run = save(tmp_path / "run", recipe, **DIGITS, **({"mask_ratio": 0.0} if hidden else {}))
+    command = f"probe --data digits:test --labels-per-class 5 --json --run {run}"
+    clean = json.loads(unveil(command).out)
+    first = json.loads(unveil(f"{command} --time {time}").out)
+    assert first["time"] == float(time)
+    assert json.loads(unveil(f"{command} --time {time} --batch-size 77").out) == first
+    assert first["results"]["encoder"] != clean["results"]["encoder"]
+    assert first["results"]["raw pixels"] == clean["results"]["raw pixels"]
+
+
+@pytest.mark.parametrize(
+    "name, time, pattern",
+    [
+        ("mae", "51", "encoder of this mae sees clean clips only"),
+        ("mae_umd", "0.5", "encoder of this mae_umd sees clean clips only"),
+        ("diffmae", "51", "encoder of this diffmae sees clean clips only"),
+        ("umd", "1001", "Features at time 1001 .* of this umd sees whole times from 0 to 1000"),
+        ("umd", "-1", "Features at time -1 were asked for"),
+        ("umd", "nan", "Features at time nan were asked for"),
+        ("dit", "50.5", "time 50.5 .* whole times from 0 to 1000"),
+        ("umd", "0.5", "time 0.5 .* whole times from 0 to 1000"),
+        ("umd_flow", "51", "this umd_flow sees times from 0 to 1"),
+        ("umd_flow", "-0.1", "Features at time -0.1 were asked for"),
+    ],
+)
+def test_probe_at_a_time_that_the_model_never_saw_refuses(
+    tmp_path: Path, unveil: Unveil, name: str, time: str, pattern: str
+) -> None:
+    run = save(tmp_path / "run", name, **DIGITS)
+    assert_refuses(unveil(f"probe --data digits:test --run {run} --time={time}"), pattern)
+
+
 def test_evaluate_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: Unveil) -> None:
     command = "evaluate --data digits:test --limit 12 --num-steps 3 --num-samples 2 --json"
     first = json.loads(unveil(command, "--run", digits).out)
@@ -180,6 +252,47 @@ def test_evaluate_of_raw_mae_has_no_samples(tmp_path: Path, unveil: Unveil) -> N
     assert "std" not in result
 
 
+INFO = {
+    "mae": ["mae Nano/2", "75% hidden (random), noise on none, predicts patch-normalised x0 on hidden tokens"],
+    "diffmae": ["75% hidden (random), noise on hidden, predicts x0 on hidden tokens", "repaint, represent"],
+    "dit": ["0% hidden", "noise on visible, predicts eps on visible tokens, variance on visible tokens", "generate"],
+    "maskdit": ["50% hidden", "eps on visible tokens, 0.1 patch-normalised noisy on hidden tokens"],
+    "umd": [
+        "50% of the clips: 75% hidden (random), noise on none, predicts x0 on hidden tokens; 50% of the clips: 37.5% hidden",
+        "0.5 eps on visible tokens, 0.5 x0 on hidden tokens",
+        "generate, repaint, represent",
+    ],
+    "umd_flow": ["0.5 x0 on visible tokens as a velocity, 0.5 x0 on hidden tokens"],
+    "mae_umd": [
+        "mae_umd Nano/2",
+        "75% hidden (random), noise on none, predicts x0 on hidden tokens",
+        "repaint, represent",
+    ],
+    "umd_finetune": ["5% of the clips", "95% of the clips: 0% hidden", "0.5 eps on visible tokens, 0.5 x0 on visible"],
+}
+
+
+@pytest.mark.parametrize("name", INFO)
+@pytest.mark.parametrize("decay", [None, 0.9999])
+def test_info_says_what_a_model_is(tmp_path: Path, unveil: Unveil, name: str, decay: float | None) -> None:
+    classes = ("ant", "bee", "cat", "dog", "eel") if name == "umd_finetune" else ()
+    about = dataclasses.replace(ABOUT, ema_decay=decay, classes=classes)
+    outcome = unveil("info --json --run", save(tmp_path / "run", name, about, **DIGITS))
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    model = build(small(name, **DIGITS))
+    assert result["can"] == sorted(model.can)
+    assert result["missing_tensors"] == []
+    assert sum(result["parameters"].values()) == sum(v.numel() for v in model.state_dict().values())
+    assert result["about"]["ema_decay"] == decay
+    for text in INFO[name]:
+        assert text in outcome.err
+    weights = "as trained" if decay is None else "running average (EMA) of decay 0.9999"
+    assert re.search(rf"^weights +{re.escape(weights)}$", outcome.err, re.M)
+    told = r"5 \(ant, bee, cat, dog, eel\)" if classes else "none"
+    assert re.search(rf"^classes +{told}$", outcome.err, re.M)
+
+
 def test_info_counts_what_is_there_and_says_what_is_missing(digits: Path, unveil: Unveil) -> None:
     result = json.loads(unveil("info --json --run", digits).out)
     model = build(small(size="Nano/2", channels=1, height=8))
@@ -189,11 +302,11 @@ def test_info_counts_what_is_there_and_says_what_is_missing(digits: Path, unveil
     with safetensors.safe_open(weights, framework="pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(weights)
-    del tensors["decoder.norm.weight"]
+    del tensors["decoder.tap_norms.1.weight"]
     safetensors.torch.save_file(tensors, weights, metadata)
     outcome = unveil("info --json --run", digits)
-    assert json.loads(outcome.out)["missing_tensors"] == ["decoder.norm.weight"]
-    assert "'decoder.norm.weight'" in outcome.err
+    assert json.loads(outcome.out)["missing_tensors"] == ["decoder.tap_norms.1.weight"]
+    assert "'decoder.tap_norms.1.weight'" in outcome.err
 
 
 # Help
@@ -268,15 +381,23 @@ def test_readme_commands_parse() -> None:
 
 
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil) -> None:
-    """One after the other, on two dozen photos; epochs and pictures are fewer, nothing else is changed."""
+    """One after the other, on two dozen photos; epochs, pictures and steps are fewer, nothing else is changed."""
+    from test_convert import UmdSize, umd_tree, written  # what a file of UMD's looks like
+
     if not README.exists():
         pytest.skip("there is no README.md")
     photos(tmp_path / "photos")
     photos(tmp_path / "others")
+    written(tmp_path / "umd.npz", umd_tree(UmdSize()))
     monkeypatch.chdir(tmp_path)
     for command in readme_commands():
-        few = " --limit 2" if command.split()[0] in ("inpaint", "evaluate") else ""
-        outcome = unveil(re.sub(r"--epochs \d+", "--epochs 2", command) + few)
+        few = {
+            "inpaint": " --limit 2 --num-steps 5",
+            "evaluate": " --limit 2 --num-steps 5",
+            "generate": " --num-steps 5",
+        }
+        command = re.sub(r"--num-samples \d+", "--num-samples 2", re.sub(r"--epochs \d+", "--epochs 2", command))
+        outcome = unveil(command + few.get(command.split()[0], ""))
         assert outcome.code == 0, (command, outcome.err)
     assert (tmp_path / "painted" / "sheet.png").exists()
 
@@ -316,13 +437,43 @@ NEW = "{tmp}/new"
             ["mask_ratio=0", "nothing would be hidden"],
         ),
         (f"pretrain --data digits --out {NEW} --mask-ratio 1.5", ["mask_ratio=1.5", "between 0 and 1"]),
+        (
+            f"pretrain --data digits --out {NEW} --recipe umd --mask-ratio 0.5",
+            ["--mask-ratio 0.5 belongs to diffmae and mae and mae_raw; umd has it fixed", "Drop it"],
+        ),
+        (f"pretrain --data digits --out {NEW} --recipe dit --mask-ratio 0", ["--mask-ratio 0.0 belongs to"]),
+        (f"pretrain --data digits --out {NEW} --recipe umd_flow --masking tube", ["--masking tube belongs to"]),
+        (f"pretrain --data digits --out {NEW} --recipe maskdit --decoder cross", ["--decoder cross belongs to"]),
+        (f"pretrain --data digits --out {NEW} --recipe mae_umd --decoder joint", ["--decoder joint belongs to"]),
+        (f"pretrain --data digits --out {NEW} --recipe umd --rho 0.8", ["--rho 0.8 belongs to diffmae; umd"]),
+        (f"pretrain --data digits --out {NEW} --recipe umd --schedule cosine", ["--schedule cosine belongs to"]),
+        (f"pretrain --data digits --out {NEW} --recipe dit_umd --target x0", ["--target x0 belongs to diffmae"]),
+        (f"pretrain --data digits --out {NEW} --schedule flow --rho 0.8", ["rho=0.8 with kind='flow'", "Use rho=1"]),
+        *(
+            (
+                f"pretrain --data digits --out {NEW} --recipe {name} --faithful",
+                [f"--faithful True belongs to umd and mae_umd; {name} has"],
+            )
+            for name in ("dit", "mae", "diffmae", "umd_flow", "maskdit_umd")
+        ),
+        *(
+            (f"pretrain --data digits --out {NEW} --recipe {name} --labels", [f"--labels, but {name}.*Drop it"])
+            for name in ("mae", "mae_raw", "diffmae", "mae_umd")
+        ),
+        (
+            f"pretrain --data {{tmp}}/flat --out {NEW} --recipe dit --labels",
+            ["--labels, but .*flat has none", "folder"],
+        ),
+        (f"pretrain --data digits --out {NEW} --recipe umd --batch-size 1", ["batch_size=1", "at least 2"]),
         (f"pretrain --data digits --out {NEW} --rho 0", ["rho=0"]),
         (f"pretrain --data digits --out {NEW} --epochs 0", ["epochs=0"]),
         (f"pretrain --data digits --out {NEW} --batch-size 0", ["batch_size=0"]),
         (f"pretrain --data digits --out {NEW} --blr -1", ["base_lr=-1"]),
         (f"pretrain --data digits --out {NEW} --crop-scale 2", ["crop_scale=2"]),
         (f"pretrain --data digits --out {NEW} --crop-scale 0", ["crop_scale=0"]),
-        (f"pretrain --data digits --out {NEW} --ema-decay 1", ["ema_decay=1"]),
+        (f"pretrain --data digits --out {NEW} --ema-decays 1", [r"ema_decays=\(1\.0,\)"]),
+        (f"pretrain --data digits --out {NEW} --ema-decays 0.9 0.9", [r"ema_decays=\(0\.9, 0\.9\)", "none come twice"]),
+        (f"pretrain --data digits --out {NEW} --ema-decays 0.9 -0.1", [r"ema_decays=\(0\.9, -0\.1\)"]),
         (f"pretrain --data digits --out {NEW} --channels 4", ["grey, which cannot fill 4 channels"]),
         (f"pretrain --data digits --out {NEW} --channels 0", ["channels=0"]),
         (f"pretrain --data digits --out {NEW} --frames 4", ["pictures, not clips of 4 frames"]),
@@ -358,6 +509,8 @@ NEW = "{tmp}/new"
         ("probe --run {run} --data digits --batch-size 0", ["batch_size=0"]),
         ("probe --run {run} --data digits --workers 9999", ["9999 workers"]),
         ("probe --run {run} --data digits --device gpu", ["--device gpu cannot be used"]),
+        ("info --run {first}", ["was written by Unveil 0.1", "Train it again"]),
+        ("probe --run {first} --data digits", ["was written by Unveil 0.1"]),
         ("probe --run {broken} --data digits", ["lacks 1 of"]),
         ("probe --run {tmp}/nowhere --data digits", ["does not exist"]),
         ("evaluate --run {run} --data digits --mask random:1", ["hides everything"]),
@@ -393,16 +546,21 @@ def test_a_users_error_is_one_line_and_exit_code_2(
     runs = {}
     for name, recipe, arguments in (
         ("run", "diffmae", shape),
+        ("first", "diffmae", shape),
         ("mae", "mae", shape),
         ("five", "diffmae", {**shape, "channels": 5}),
         ("broken", "diffmae", shape),
     ):
         if f"{{{name}}}" in command:
             runs[name] = save(tmp_path / f"{name}_run", recipe, **arguments)
+    if "first" in runs:
+        file = runs["first"] / WEIGHTS
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file(tensors, file, {"format": "unveil-1", "recipe": "{}", "about": "{}"})
     if "broken" in runs:
         model = build(small("diffmae", **shape))
         state = model.state_dict()
-        del state["decoder.norm.weight"]
+        del state["decoder.tap_norms.1.weight"]
         save_weights(runs["broken"] / WEIGHTS, model.recipe, state, ABOUT)
     assert_refuses(unveil(command.format(tmp=tmp_path, **runs)), *patterns)
     if not command.startswith("pretrain"):
@@ -420,6 +578,9 @@ def test_a_users_error_is_one_line_and_exit_code_2(
         ("info --ran x", "--run"),
         ("pretrane --data digits", "'pretrain'"),
         ("pretrain --data digits --out x --recipe dffmae", "diffmae"),
+        ("pretrain --data digits --out x --recipe ditt", "dit"),
+        ("pretrain --data digits --out x --ema-decay 0.9", "--ema-decays"),
+        ("probe --run x --data digits --pool clas", "class"),
         ("pretrain --data digits --out x --decoder cros", "cross"),
         ("pretrain --data digits --out x --epochs many", "--epochs"),
         ("pretrain --out x", "--data"),
@@ -446,12 +607,65 @@ def test_labels_that_are_missing_are_left_out(tmp_path: Path, unveil: Unveil) ->
     assert result["results"]["raw pixels"]["linear"] == 100
 
 
+# Classes and averages
+
+
+def test_pretrain_with_labels_learns_the_classes_of_the_folders(tmp_path: Path, unveil: Unveil) -> None:
+    data = photos(tmp_path / "photos", classes=3, each=4)
+    command = f"pretrain --recipe dit --size Nano/4 --image-size 8 --epochs 1 --data {data} --out {tmp_path / 'run'}"
+    outcome = unveil(f"{command} --labels --json")
+    assert outcome.code == 0, outcome.err
+    recipe, about, shapes = read_header(tmp_path / "run")
+    assert about.classes == ("class0", "class1", "class2")
+    assert recipe.condition.num_classes == 3
+    assert shapes["condition.label_embed.weight"][0] == 4  # and one row for no class
+    assert recipe.training.label_dropout == 0.1
+    info = unveil(f"info --run {tmp_path / 'run'}").out
+    assert "3 (class0, class1, class2)" in info
+    assert_refuses(unveil(command), "holds another run: recipe.condition.num_classes was 3 and is now 0")
+    plain = unveil(f"{command}2")
+    assert plain.code == 0
+    recipe, about, _ = read_header(tmp_path / "run2")
+    assert (about.classes, recipe.condition.num_classes) == ((), 0)
+
+
+def test_pretrain_keeps_the_averages_that_it_is_told(tmp_path: Path, unveil: Unveil) -> None:
+    command = f"pretrain --data digits:test --size Nano/4 --batch-size 120 --epochs 1 --out {tmp_path / 'run'}"
+    assert unveil(f"{command} --ema-decays 0.9 0.99").code == 0
+    decays = {path.name: read_header(path)[1].ema_decay for path in (tmp_path / "run").glob("*.safetensors")}
+    assert decays == {"model.safetensors": 0.9, "ema-0.99.safetensors": 0.99, "last.safetensors": None}
+    for name, decay in decays.items():
+        told = "as trained" if decay is None else f"running average (EMA) of decay {decay:g}"
+        assert told in unveil(f"info --run {tmp_path / 'run' / name}").out
+    assert unveil(f"{command}2 --ema-decays").code == 0  # none at all
+    assert [path.name for path in (tmp_path / "run2").glob("*.safetensors")] == ["model.safetensors"]
+    assert read_header(tmp_path / "run2")[1].ema_decay is None
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Pretrain)["recipe"]))
+def test_every_recipe_has_a_size_for_photos_and_one_for_digits(name: str) -> None:
+    generates = name not in ("diffmae", "mae", "mae_raw")
+    recipe = recipe_of(Pretrain(data="photos/", out=Path("x"), recipe=name))  # type: ignore[arg-type]
+    assert recipe == recipes.RECIPES[name]("B/4", height=64) if generates else recipes.RECIPES[name]("B/16", height=224)
+    digits = recipe_of(Pretrain(data="digits:train", out=Path("x"), recipe=name))  # type: ignore[arg-type]
+    assert digits == recipes.RECIPES[name](**DIGITS)
+    clips = recipe_of(Pretrain(data="moving-digits", out=Path("x"), recipe=name)).clip  # type: ignore[arg-type]
+    assert (clips.frames, clips.height, clips.tubelet_size, clips.patch_size) == (8, 24, 2, 4)
+
+
+def test_faithful_is_told_on() -> None:
+    for name in ("umd", "mae_umd"):
+        for faithful in (False, True):
+            recipe = recipe_of(Pretrain(data="digits", out=Path("x"), recipe=name, faithful=faithful))  # type: ignore[arg-type]
+            assert recipe == recipes.RECIPES[name](**DIGITS, faithful=faithful)
+
+
 def test_an_interrupted_run_says_so(tmp_path: Path, unveil: Unveil, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = train_module.draw
 
-    def terminate(*arguments: Any) -> Any:
+    def terminate(*arguments: Any, **named: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return draw(*arguments)
+        return draw(*arguments, **named)
 
     monkeypatch.setattr(train_module, "draw", terminate)
     outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")

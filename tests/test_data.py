@@ -780,6 +780,23 @@ def test_order_without_shuffling_counts_up() -> None:
     assert list(Order(5, 2, 7, 0, False, False)) == [[(7, 0), (7, 1)], [(7, 2), (7, 3)], [(7, 4)]]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_samples_place_is_where_it_comes_in_the_epoch(shuffle: bool) -> None:
+    """Whatever the batch size, where an epoch is taken up, and which epoch was asked for before."""
+    for batch_size, first_batch in ((4, 0), (4, 3), (9, 1), (100, 0)):
+        order = Order(23, batch_size, 0, 5, shuffle, False)
+        order.first_batch = first_batch
+        for epoch in (0, 1, 0, 7):
+            order.epoch = epoch
+            assert order.places(epoch).sort().values.tolist() == list(range(23))
+            keys = [key for batch in order for key in batch]
+            assert {e for e, _ in keys} == {epoch}
+            assert order.places(epoch)[[i for _, i in keys]].tolist() == list(range(first_batch * batch_size, 23))
+            assert torch.equal(order.places(epoch), Order(23, 4, epoch, 5, shuffle, True).places(epoch))
+            order.places(epoch + 1)  # that of the next is no other's
+        assert torch.equal(order.places(0), order.places(1)) == (not shuffle)
+
+
 def test_batches_refuse() -> None:
     samples = Samples(open_source("digits:test", 1), clip(), 0, None)
 

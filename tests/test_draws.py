@@ -1,5 +1,6 @@
 """Draws are named, so their order and company do not matter."""
 
+import itertools
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from unveil import draws
+from unveil.data import Order
 
 
 def draw(seed: int, *parts: int | str) -> torch.Tensor:
@@ -62,3 +64,59 @@ def test_keys_are_the_same_in_every_process() -> None:
     for _ in range(2):
         out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert int(out.stdout) == draws.key(5, 2, "mask")
+
+
+# Who gets which clip
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.05, 0.95), (0.25, 0.75), (0.95, 0.05), (1 / 3, 2 / 3), (0.7, 0.3)])
+def test_every_stretch_is_dealt_out_by_the_shares(shares: tuple[float, float]) -> None:
+    """Wherever it begins: exactly where the shares give whole numbers, and otherwise to less than one."""
+    party = np.array([draws.deal(place, shares) for place in range(1500)])
+    for number, share in enumerate(shares):
+        before = np.concatenate([[0], np.cumsum(party == number)])
+        for n in (1, 2, 3, 4, 7, 20, 64, 100, 256, 1000):
+            got = before[n:] - before[:-n]
+            assert (abs(got - n * share) < 1 - 1e-6).all(), (number, n)
+            if abs(n * share - round(n * share)) < 1e-9:
+                assert (got == round(n * share)).all(), (number, n)
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.3, 0.5), (0.1, 0.2, 0.3, 0.4), (1 / 3, 1 / 3, 1 / 3)])
+def test_more_than_two_parties_get_their_shares_within_two(shares: tuple[float, ...]) -> None:
+    party = np.array([draws.deal(place, shares) for place in range(3000)])
+    for number, share in enumerate(shares):
+        before = np.concatenate([[0], np.cumsum(party == number)])
+        assert abs(before - share * np.arange(3001)).max() < 2
+        for n in range(1, 200):
+            assert (abs(before[n:] - before[:-n] - n * share) < 2).all()
+
+
+def test_the_only_party_gets_everything() -> None:
+    assert {draws.deal(place, (1.0,)) for place in range(100)} == {0}
+
+
+def test_far_places_are_dealt_out_as_near_ones_are() -> None:
+    """Places of a large data set, where a rounded product could skip a turn."""
+    for shares in ((0.5, 0.5), (0.05, 0.95)):
+        far = [draws.deal(place, shares) for place in range(10_000_000, 10_000_400)]
+        assert far.count(0) == round(400 * shares[0])
+
+
+def test_a_clips_branch_does_not_depend_on_the_batch_or_the_process() -> None:
+    """Places in the epoch's order: every batch has its shares, however large, and whoever reads it."""
+    shares = (0.5, 0.5)
+    order = Order(101, 8, epoch=3, seed=5, shuffle=True, drop_last=False)
+    places = order.places(3)
+    batches = [[index for _, index in batch] for batch in order]
+    assert sorted(places.tolist()) == list(range(101))
+    assert places[torch.tensor(list(itertools.chain(*batches)))].tolist() == list(range(101))
+    branch = {index: draws.deal(int(places[index]), shares) for index in range(101)}
+    for batch in batches[:-1]:
+        assert [branch[index] for index in batch].count(0) == 4
+        for process in (batch[:4], batch[4:]):  # a batch over two processes, half of it each
+            assert [branch[index] for index in process].count(0) == 2
+    other = Order(101, 20, epoch=3, seed=5, shuffle=True, drop_last=False)
+    assert torch.equal(other.places(3), places)
+    assert not torch.equal(order.places(4), places)
+    assert torch.equal(order.places(3), places)

@@ -15,7 +15,7 @@ from unveil.checkpoint import WEIGHTS, About, save_weights
 from unveil.config import Recipe
 from unveil.tasks.inpaint import Inpaint, _shrink_around, inpaint
 
-ABOUT = About(step=1, images_seen=1, ema=True, data="nothing", command="none")
+ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
 Result = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ PAINTED = ("prediction", "sample1", "sample2")
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(16, 16), (37, 50), (64, 16), (7, 9)])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_visible_pixels_are_kept_bit_for_bit(
     tmp_path: Path, run_of: Callable[..., Path], channels: int, size: tuple[int, int], sampler: str
 ) -> None:
@@ -171,11 +171,12 @@ def test_samples_differ_and_repeat(tmp_path: Path, run_of: Callable[..., Path]) 
         assert not np.array_equal(first[i], other[i])
 
 
-def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["diffmae", "umd"])
+def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callable[..., Path], name: str) -> None:
     """The first one is painted alike alone and before others, and equal ones in different places differently."""
     for i in range(3):
         picture(tmp_path / "in" / f"{i}.png", seed=i // 2)
-    run = run_of()
+    run = run_of(name)
     alone = go(run, tmp_path / "in", tmp_path / "a", limit=1)["pictures"]
     together = go(run, tmp_path / "in", tmp_path / "b")["pictures"]
     assert (len(alone), len(together)) == (1, 3)
@@ -207,16 +208,62 @@ def test_a_mask_that_hides_everything_refuses(tmp_path: Path, run_of: Callable[.
         go(run_of(), source, tmp_path / "out", mask=text)
 
 
-def test_a_model_that_generates_takes_a_mask_that_hides_everything_and_no_other(
+def test_a_model_of_wholes_takes_a_mask_that_hides_everything_and_no_other(
     tmp_path: Path, run_of: Callable[..., Path]
 ) -> None:
-    source = picture(tmp_path / "in.png")
-    for ratio in (0.0, 1.0):
-        run = run_of(mask_ratio=ratio)
-        files = go(run, source, tmp_path / f"out{ratio}", mask="random:1")["pictures"][0]["files"]
-        assert not np.array_equal(read(files["sample1"]), read(files["sample2"]))
-        with pytest.raises(ValueError, match="Hide everything, or use a model"):
-            go(run, source, tmp_path / f"out{ratio}", mask="random:0.5")
+    source, run = picture(tmp_path / "in.png"), run_of(mask_ratio=1.0)
+    files = go(run, source, tmp_path / "out", mask="random:1")["pictures"][0]["files"]
+    assert not np.array_equal(read(files["sample1"]), read(files["sample2"]))
+    with pytest.raises(ValueError, match="Hide everything, or use a model"):
+        go(run, source, tmp_path / "out", mask="random:0.5")
+
+
+NOISE_EVERYWHERE: list[tuple[str, dict[str, Any]]] = [
+    ("diffmae", {"mask_ratio": 0.0}),
+    ("dit", {}),
+    ("umd", {}),
+    ("umd_flow", {}),
+    ("umd_finetune", {}),
+]
+
+
+@pytest.mark.parametrize("name, arguments", NOISE_EVERYWHERE)
+def test_a_model_that_sees_noise_everywhere_takes_any_mask(
+    tmp_path: Path, run_of: Callable[..., Path], name: str, arguments: dict[str, Any]
+) -> None:
+    """What is visible is kept bit for bit at any size, what is hidden is not read, and every sample is another."""
+    run = run_of(name, **arguments)
+    for size in ((16, 16), (37, 50)):
+        hole = hole_of(*size)
+        path = mask(tmp_path / "mask.png", hole)
+        before = read(picture(tmp_path / f"a{size[0]}" / "in.png", *size))
+        (tmp_path / f"b{size[0]}").mkdir()
+        Image.fromarray(np.where(hole[..., None], 255 - before // 2, before)).save(tmp_path / f"b{size[0]}" / "in.png")
+        ours, theirs = (
+            go(run, tmp_path / f"{d}{size[0]}" / "in.png", tmp_path / f"out_{d}", mask=path, num_steps=2)["pictures"][0]
+            for d in "ab"
+        )
+        after = {label: read(ours["files"][label]) for label in PAINTED}
+        for label in PAINTED:
+            assert np.array_equal(after[label][~hole], before[~hole])
+            assert not np.array_equal(after[label][hole], before[hole])
+            assert np.array_equal(after[label], read(theirs["files"][label]))
+        assert not np.array_equal(after["sample1"], after["sample2"])
+    whole = go(run, tmp_path / "a16" / "in.png", tmp_path / "whole", mask="random:1")["pictures"][0]["files"]
+    assert not np.array_equal(read(whole["sample1"]), read(whole["sample2"]))
+
+
+@pytest.mark.parametrize("name, same", [("umd", True), ("umd_flow", True), ("dit", False), ("diffmae", False)])
+def test_the_prediction_of_a_model_with_clean_clips_has_no_noise(
+    tmp_path: Path, run_of: Callable[..., Path], name: str, same: bool
+) -> None:
+    run, source = run_of(name), picture(tmp_path / "in.png")
+    first, other = (
+        go(run, source, tmp_path / f"out{seed}", mask="center", num_steps=2, seed=seed)["pictures"][0]["files"]
+        for seed in (0, 1)
+    )
+    assert np.array_equal(read(first["prediction"]), read(other["prediction"])) == same
+    assert not np.array_equal(read(first["sample1"]), read(other["sample1"]))
 
 
 def test_a_patch_normalised_mae_refuses(tmp_path: Path, run_of: Callable[..., Path]) -> None:
@@ -224,9 +271,10 @@ def test_a_patch_normalised_mae_refuses(tmp_path: Path, run_of: Callable[..., Pa
         go(run_of("mae"), picture(tmp_path / "in.png"), tmp_path / "out")
 
 
-def test_raw_mae_paints_once_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
-    result = go(run_of("mae_raw"), picture(tmp_path / "in.png"), tmp_path / "out", num_samples=4)
-    assert result["notices"] == ["A mae_raw has one prediction for a hole, so one sample is painted, in one step."]
+@pytest.mark.parametrize("name", ["mae_raw", "mae_umd"])
+def test_a_mae_paints_once_with_a_notice(tmp_path: Path, run_of: Callable[..., Path], name: str) -> None:
+    result = go(run_of(name), picture(tmp_path / "in.png"), tmp_path / "out", num_samples=4)
+    assert result["notices"] == [f"A {name} has one prediction for a hole, so one sample is painted, in one step."]
     files = result["pictures"][0]["files"]
     assert list(files) == ["masked", "prediction", "sample1"]
     assert np.array_equal(read(files["prediction"]), read(files["sample1"]))
@@ -317,10 +365,11 @@ def test_a_clip_becomes_an_animation(tmp_path: Path, run_of: Callable[..., Path]
         assert (image.size, image.n_frames) == ((24, 16), 4)
 
 
-def test_the_sheet_shows_everything(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["diffmae", "umd"])
+def test_the_sheet_shows_everything(tmp_path: Path, run_of: Callable[..., Path], name: str) -> None:
     for i, size in enumerate([(16, 16), (40, 20)]):
         picture(tmp_path / "in" / f"{i}.png", *size, seed=i)
-    result = go(run_of(), tmp_path / "in", tmp_path / "out")
+    result = go(run_of(name), tmp_path / "in", tmp_path / "out")
     with Image.open(result["sheet"]) as sheet:
         assert sheet.size[0] > 2 * 96
         assert sheet.size[1] > 5 * 96  # the picture, masked, the mean, and two samples

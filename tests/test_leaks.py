@@ -1,27 +1,55 @@
 """What may not see what: hidden pixels, unscored tokens, another token's noise, another row of the batch."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from small import VARIANTS, batch_for, build, clips_for, generator, shipped, small, small_variant
+from small import (
+    BRANCH_IDS,
+    BRANCHES,
+    VARIANTS,
+    batch_for,
+    build,
+    clips_for,
+    corrupted,
+    enough,
+    generator,
+    labels_for,
+    make,
+    only,
+    part_of,
+    predicted,
+    shipped,
+    small,
+    small_variant,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from unveil.config import Recipe
+from unveil.config import Recipe, Term
 from unveil.corruption import corrupt
-from unveil.layers import TimeEmbedding
-from unveil.losses import Draws, Objective, draw, target_of
+from unveil.layers import Trunk
+from unveil.losses import BranchDraws, Draws, Objective, draw
 from unveil.masking import Mask, gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import pixels_of, predict, repaint
-from unveil.recipes import RECIPES, stage_ends
-from unveil.tokens import patch_norm
+from unveil.recipes import stage_ends
+from unveil.tokens import patch_norm, unpatchify
 
-MASKED = [v for v in VARIANTS if 0 < shipped(v).branch.mask_ratio < 1]
 DECODERS = ["joint", "cross", "cross_self"]
+
+
+def branches_with(condition: Any) -> Any:
+    """The branches of all variants that fulfil something, as a test's parameters."""
+    chosen = [
+        (case, name)
+        for case, name in zip(BRANCHES, BRANCH_IDS, strict=True)
+        if condition(shipped(case[0]).branches[case[1]])
+    ]
+    return pytest.mark.parametrize("variant, number", [case for case, _ in chosen], ids=[name for _, name in chosen])
 
 
 def holes_of(recipe: Recipe, hidden: Tensor) -> Tensor:
@@ -34,92 +62,167 @@ def holes_of(recipe: Recipe, hidden: Tensor) -> Tensor:
 # The encoder and hidden pixels
 
 
-@pytest.mark.parametrize("variant", MASKED)
-def test_hidden_pixels_do_not_reach_the_memory(variant: str) -> None:
-    """Neither the encoder's output nor the keys and values move by one bit; a visible pixel moves them."""
+@branches_with(lambda branch: 0 < branch.mask_ratio < 1)
+def test_hidden_pixels_do_not_reach_the_memory(variant: str, number: int) -> None:
+    """Neither the encoder's output nor what the decoder keeps of it moves by one bit; a visible pixel moves them.
+
+    The noise of hidden tokens, where there is any, does not reach them either.
+    """
     recipe = small_variant(variant)
     objective, clips, draws = batch_for(recipe)
-    model = objective.model
+    model, part = objective.model, part_of(draws, number)
+    assert model.decoder is not None
     kept: list[Tensor] = []
     model.encoder.register_forward_hook(lambda module, arguments, output: kept.extend(output))
+    prepare = model.decoder.prepare
 
-    def memory(clips: Tensor) -> list[Tensor]:
+    def prepare_and_keep(*arguments: Any) -> Any:
+        context = prepare(*arguments)
+        kept.extend([] if context.known is None else [context.known])
+        kept.extend(x for keys_values in context.keys_values for x in keys_values)
+        return context
+
+    model.decoder.prepare = prepare_and_keep  # type: ignore[method-assign]
+
+    def memory(clips: Tensor, draws: Draws) -> list[Tensor]:
         kept.clear()
-        objective(clips, draws)  # the whole training step
-        c = corrupt(model.tokens(clips), draws.mask, recipe.branch.noise_on, draws.t, model.schedule, draws.noise)
-        context = model.prepare(c.x_enc, draws.mask.visible)
-        flat = [x for item in context for x in (item if isinstance(item, tuple) else (item,))]
-        return [x.detach().clone() for x in (*kept, *flat)]
+        objective(clips, only(draws, number))  # the whole training step
+        return [x.detach().clone() for x in kept]
 
-    before = memory(clips)
-    holes = holes_of(recipe, draws.mask.hidden)
-    after = memory(torch.where(holes, 1 - clips, clips))
-    assert len(before) >= 3
+    before = memory(clips, draws)
+    holes = torch.zeros_like(clips, dtype=torch.bool)
+    holes[part.rows] = holes_of(recipe, part.mask.hidden)
+    after = memory(torch.where(holes, 1 - clips, clips), draws)
+    assert len(before) >= 2
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
-    moved = memory(torch.where(holes, clips, 1 - clips))
+    moved = memory(torch.where(holes, clips, 1 - clips), draws)
     for a, b in zip(before, moved, strict=True):
         assert not torch.equal(a, b)
+    V = part.mask.visible.shape[1]
+    of_hidden = slice(V, None) if recipe.branches[number].noise_on == "visible" else slice(None)
+    if part.noise is not None and part.noise[:, of_hidden].numel():
+        noise = part.noise.clone()
+        noise[:, of_hidden] += 1
+        other = tuple(dataclasses.replace(part, noise=noise) if p is part else p for p in draws.branches)
+        for a, b in zip(before, memory(clips, Draws(other)), strict=True):
+            assert torch.equal(a, b)
 
 
-def test_an_mae_predicts_the_same_whatever_is_hidden() -> None:
-    recipe = small("mae")
-    objective, clips, draws = batch_for(recipe)
-    model, holes = objective.model, holes_of(recipe, draws.mask.hidden)
-    predictions = [
-        model(gather(model.tokens(c), draws.mask.visible), draws.mask) for c in (clips, torch.where(holes, 0.5, clips))
-    ]
-    assert torch.equal(*predictions)
+@branches_with(lambda branch: branch.mask_ratio and branch.noise_on != "hidden")
+def test_where_mask_tokens_stand_in_predictions_do_not_know_what_is_hidden(variant: str, number: int) -> None:
+    objective, clips, draws = batch_for(small_variant(variant))
+    part, recipe = part_of(draws, number), objective.model.recipe
+    holes = torch.zeros_like(clips, dtype=torch.bool)
+    holes[part.rows] = holes_of(recipe, part.mask.hidden)
+    before = predicted(objective, clips, draws, number)
+    after = predicted(objective, torch.where(holes, 0.5, clips), draws, number)
+    for where, predictions in before.items():
+        for name, prediction in predictions.items():
+            assert torch.equal(prediction, after[where][name])
 
 
 def test_at_the_last_time_a_diffmae_hardly_sees_what_is_hidden() -> None:
     """alpha at T is 4e-6 with rho = 0.8: the noisy tokens carry nothing."""
     recipe = small()
     objective, clips, draws = batch_for(recipe)
-    model, holes = objective.model, holes_of(recipe, draws.mask.hidden)
-    t = torch.full_like(draws.t, 1000)
-    predictions = []
-    for c in (clips, torch.where(holes, 1 - clips, clips)):
-        corrupted = corrupt(model.tokens(c), draws.mask, "hidden", t, model.schedule, draws.noise)
-        predictions.append(model(corrupted.x_enc, draws.mask, corrupted.x_dec, t))
+    part = dataclasses.replace(part_of(draws), t=torch.full((2,), 1000))
+    holes = holes_of(recipe, part.mask.hidden)
+    predictions = [
+        predicted(objective, c, Draws((part,)))["hidden"]["x0"] for c in (clips, torch.where(holes, 1 - clips, clips))
+    ]
     assert_close(*predictions, rtol=0, atol=1e-4)
 
 
-def test_encode_never_masks() -> None:
+@pytest.mark.parametrize(
+    "variant", ["mae", "diffmae", "diffmae nothing hidden", "umd", "umd_flow generator", "dit", "maskdit", "mae_umd"]
+)
+def test_encode_never_masks(variant: str) -> None:
     """Every pixel's token changes the features of whole clips, for any recipe; they are the encoder's at time 0."""
-    for variant in ("mae", "diffmae", "diffmae nothing hidden"):
-        recipe = small_variant(variant)
-        model, clips = build(recipe), clips_for(recipe, 1)
-        features = model.encode(clips)
-        assert features.shape == (1, 1 + recipe.clip.num_tokens, 32)
-        tokens = model.tokens(clips)
-        for i in range(recipe.clip.num_tokens):
-            changed = tokens.clone()
-            changed[:, i] += 1
-            assert not torch.equal(model.encode(model.pixels(changed)), features)
+    recipe = small_variant(variant)
+    model, clips = build(recipe), clips_for(recipe, 1)
+    features = model.encode(clips)
+    assert features.shape == (1, recipe.encoder.num_class_tokens + recipe.clip.num_tokens, 32)
+    tokens = model.tokens(clips)
+    for i in range(recipe.clip.num_tokens):
+        changed = tokens.clone()
+        changed[:, i] += 1
+        assert not torch.equal(model.encode(model.pixels(changed)), features)
 
 
 # Where the loss has a gradient
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if shipped(v).branch.target == "x0"])
-def test_the_loss_scores_the_scored_tokens_only(variant: str) -> None:
-    """With the prediction held fixed, the loss's gradient on the picture is exactly zero off the scored tokens."""
+@pytest.mark.parametrize("variant, number", BRANCHES, ids=BRANCH_IDS)
+def test_the_loss_scores_the_scored_tokens_only(variant: str, number: int) -> None:
+    """With the predictions held fixed, the loss's gradient on the picture is exactly zero off the scored tokens.
+
+    The noise is no function of the picture, so a prediction of it leaves no gradient at all.
+    """
     recipe = small_variant(variant)
     objective, clips, draws = batch_for(recipe)
-    scored = draws.mask.hidden if recipe.decoder else draws.mask.visible
-    frozen = torch.randn(2, scored.shape[1], recipe.clip.token_dim, generator=generator())
-    objective.model.forward = lambda *arguments: frozen  # type: ignore[method-assign]
+    part, terms = part_of(draws, number), recipe.branches[number].terms
+    places = {"visible": part.mask.visible, "hidden": part.mask.hidden}
+    frozen = {
+        where: {
+            name: torch.randn(len(part.rows), at.shape[1], recipe.clip.token_dim, generator=generator(i))
+            for i, name in enumerate(recipe.heads)
+        }
+        for where, at in places.items()
+    }
+    objective.model.forward = lambda *arguments, **more: frozen  # type: ignore[method-assign]
     clips.requires_grad_()
-    objective(clips, draws)[0].backward()
+    loss, _ = objective(clips, only(draws, number))
+    holes = torch.zeros_like(clips, dtype=torch.bool)
+    for term in terms:
+        if term.predict != "eps":
+            holes[part.rows] |= holes_of(recipe, places[term.on])
+    if not holes.any():
+        assert not loss.requires_grad or torch.autograd.grad(loss, clips)[0].abs().max() == 0
+        return
+    loss.backward()
     assert clips.grad is not None
-    holes = holes_of(recipe, scored)
     assert (clips.grad[~holes] == 0).all()
     assert (clips.grad[holes] != 0).all()
 
 
-@pytest.mark.parametrize("variant", ["mae", "diffmae joint"])
+@pytest.mark.parametrize("variant, number", BRANCHES, ids=BRANCH_IDS)
+def test_only_scored_predictions_have_a_gradient(variant: str, number: int) -> None:
+    """All predictions are asked for at every place: those that no term names have no gradient, every token of the others has.
+
+    So x0 of visible tokens has none in UMD's clean branch, nor in its noisy one, where eps of hidden tokens has none either.
+    """
+    recipe = small_variant(variant)
+    objective, clips, draws = batch_for(recipe)
+    model, forward = objective.model, objective.model.forward
+    both = recipe.decoder is not None and recipe.decoder.kind == "joint"
+    made: list[Any] = []
+
+    def everywhere(*arguments: Any, on: tuple[str, ...]) -> Any:
+        predictions = forward(*arguments, on=("visible", "hidden") if both else on)
+        for at_place in predictions.values():
+            for prediction in at_place.values():
+                prediction.retain_grad()
+        made.append(predictions)
+        return predictions
+
+    model.forward = everywhere  # type: ignore[method-assign]
+    objective(clips, only(draws, number))[0].backward()
+    (predictions,) = made
+    scored = {(term.on, term.predict) for term in recipe.branches[number].terms}
+    for where, at_place in predictions.items():
+        for name, prediction in at_place.items():
+            if (where, name) in scored:
+                assert prediction.numel()
+                assert (prediction.grad.abs().amax(-1) > 0).all(), (where, name)
+            else:
+                assert prediction.grad is None or (prediction.grad == 0).all(), (where, name)
+    assert scored <= {(where, name) for where, at_place in predictions.items() for name in at_place}
+
+
+@pytest.mark.parametrize("variant", ["mae", "diffmae joint", "umd", "mae_umd"])
 def test_a_joint_decoders_visible_outputs_have_no_gradient(variant: str) -> None:
+    """Where only hidden tokens are scored; nor have its summary's."""
     objective, clips, draws = batch_for(small_variant(variant))
     outputs: list[Tensor] = []
 
@@ -127,18 +230,23 @@ def test_a_joint_decoders_visible_outputs_have_no_gradient(variant: str) -> None
         output.retain_grad()
         outputs.append(output)
 
-    objective.model.decoder.blocks[-1].register_forward_hook(keep)
-    objective(clips, draws)[0].backward()
-    known = 1 + draws.mask.visible.shape[1]
+    decoder = objective.model.decoder
+    assert decoder is not None
+    decoder.blocks[-1].register_forward_hook(keep)
+    objective(clips, only(draws, 0))[0].backward()
+    mask = part_of(draws).mask
+    as_tokens = 1 if decoder.time == "token" else 0  # the condition, which is put before the others
+    known = as_tokens + 1 + mask.visible.shape[1]
     gradient = outputs[0].grad
     assert gradient is not None
-    assert gradient.shape[1] == known + draws.mask.hidden.shape[1]
+    assert gradient.shape[1] == known + mask.hidden.shape[1]
     assert (gradient[:, :known] == 0).all()
     assert (gradient[:, known:].abs().amax(-1) > 0).all()
 
 
-def test_an_encoder_only_denoisers_class_token_is_not_scored() -> None:
-    objective, clips, draws = batch_for(small_variant("diffmae nothing hidden"))
+@pytest.mark.parametrize("variant", ["diffmae nothing hidden", "dit", "dit classes"])
+def test_an_encoder_only_denoisers_class_token_is_not_scored(variant: str) -> None:
+    objective, clips, draws = batch_for(small_variant(variant))
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: list[Tensor]) -> None:
@@ -149,54 +257,117 @@ def test_an_encoder_only_denoisers_class_token_is_not_scored() -> None:
     objective(clips, draws)[0].backward()
     gradient = outputs[0].grad
     assert gradient is not None
-    assert (gradient[:, 0] == 0).all()
-    assert (gradient[:, 1:].abs().amax(-1) > 0).all()
+    own = objective.model.encoder.num_class_tokens
+    assert gradient.shape[1] == own + objective.model.recipe.clip.num_tokens
+    assert (gradient[:, :own] == 0).all()
+    assert (gradient[:, own:].abs().amax(-1) > 0).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_is_the_mean_squared_error_of_the_named_target(variant: str) -> None:
-    """Against one loop over clips and tokens; and the mean over tokens is MAE's sum(loss * mask) / sum(mask)."""
+    """Against one loop over clips and tokens; the mean over tokens is MAE's sum(loss * mask) / sum(mask), each branch
+    counts by its share of the clips, and each term by its weight. (A variance is no squared error: tests/test_umd.py.)"""
     recipe = small_variant(variant)
     objective, clips, draws = batch_for(recipe)
     model = objective.model
     loss, per_token = objective(clips, draws)
-    x0 = model.tokens(clips)
-    scored = draws.mask.hidden if recipe.decoder else draws.mask.visible
-    c = corrupt(x0, draws.mask, recipe.branch.noise_on, draws.t, model.schedule, draws.noise)
-    prediction = model(c.x_enc, draws.mask, c.x_dec, draws.t)
-    for b, s in itertools.product(range(2), range(scored.shape[1])):
-        target = x0[b, scored[b, s]]
-        if recipe.branch.patch_norm:
-            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
-        if recipe.branch.target == "eps":
-            assert draws.noise is not None
-            target = draws.noise[b, s]
-        assert_close(per_token[b, s], nn.functional.mse_loss(prediction[b, s], target), rtol=1e-5, atol=1e-5)
-    flags = torch.zeros(2, recipe.clip.num_tokens).scatter(1, scored, 1.0)
-    everywhere = torch.zeros(2, recipe.clip.num_tokens).scatter(1, scored, per_token)
-    assert_close(loss, (everywhere * flags).sum() / flags.sum(), rtol=1e-5, atol=1e-5)
+    total = 0.0
+    for number, branch in enumerate(recipe.branches):
+        part = part_of(draws, number)
+        x0 = model.tokens(clips[part.rows])
+        predictions = predicted(objective, clips, draws, number)
+        for term in branch.terms:
+            scored = part.mask.hidden if term.on == "hidden" else part.mask.visible
+            mine = per_token[f"{branch.noise_on}/{term.predict}/{term.on}"]
+            if term.predict != "variance":
+                expected = torch.empty(scored.shape)
+                for b, s in itertools.product(range(len(part.rows)), range(scored.shape[1])):
+                    token = int(scored[b, s])
+                    target = x0[b, token]
+                    if term.predict in ("eps", "noisy"):
+                        assert part.noise is not None
+                        assert part.t is not None
+                        assert model.schedule is not None
+                        first = part.mask.visible.shape[1] if term.predict == "noisy" else 0
+                        eps = part.noise[b, first + s]
+                        alpha, sigma = model.schedule.rates(part.t[b])
+                        target = eps if term.predict == "eps" else alpha.float() * target + sigma.float() * eps
+                    if term.patch_norm:
+                        target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+                    expected[b, s] = nn.functional.mse_loss(predictions[term.on][term.predict][b, s], target)
+                    if term.space == "v":
+                        assert part.t is not None
+                        expected[b, s] /= max(float(part.t[b]), 0.05) ** 2
+                assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+            flags = torch.zeros(len(part.rows), recipe.clip.num_tokens).scatter(1, scored, 1.0)
+            everywhere = torch.zeros(len(part.rows), recipe.clip.num_tokens).scatter(1, scored, mine)
+            total = total + term.weight * len(part.rows) / len(clips) * (everywhere * flags).sum() / flags.sum()
+    assert sum(len(part_of(draws, i).rows) for i in range(len(recipe.branches))) == len(clips)
+    assert set(per_token) == {f"{b.noise_on}/{t.predict}/{t.on}" for b in recipe.branches for t in b.terms}
+    assert_close(loss, torch.as_tensor(total), rtol=1e-5, atol=1e-5)
 
 
 def test_targets_are_what_they_are_called() -> None:
     objective, clips, draws = batch_for(small("mae"))
-    model = objective.model
-    corrupted = corrupt(model.tokens(clips), draws.mask, "none")
-    assert torch.equal(target_of(model.recipe, corrupted), patch_norm(gather(model.tokens(clips), draws.mask.hidden)))
-    assert corrupted.x_dec is None
-    assert corrupted.eps is None
+    c = corrupted(objective, clips, draws)
+    assert torch.equal(c.hidden.x0, gather(objective.model.tokens(clips), part_of(draws).mask.hidden))
+    assert c.x_dec is None
+    assert {c.visible.eps, c.hidden.eps, c.visible.x_t, c.hidden.x_t} == {None}
+    right = {"x0": patch_norm(c.hidden.x0)}
+    assert objective.score(Term(predict="x0", on="hidden", patch_norm=True), right, c.hidden, None).max() == 0
+    assert objective.score(Term(predict="x0", on="hidden"), right, c.hidden, None).min() > 0
 
 
-@pytest.mark.parametrize("noise_on", ["hidden", "visible"])
-def test_corruption_at_time_zero_is_clean(noise_on: Any) -> None:
-    recipe = small() if noise_on == "hidden" else small(mask_ratio=0.0)
+@pytest.mark.parametrize(
+    "variant", ["diffmae", "diffmae nothing hidden", "umd", "umd_flow", "dit", "maskdit", "umd_finetune"]
+)
+def test_corruption_at_time_zero_is_clean(variant: str) -> None:
+    recipe = small_variant(variant)
     objective, clips, draws = batch_for(recipe)
-    x0 = objective.model.tokens(clips)
-    t = torch.zeros(2, dtype=torch.long)
-    c = corrupt(x0, draws.mask, noise_on, t, objective.model.schedule, draws.noise)
-    assert torch.equal(c.x_enc, gather(x0, draws.mask.visible))
-    if noise_on == "hidden":
+    number = len(recipe.branches) - 1
+    part = part_of(draws, number)
+    x0 = objective.model.tokens(clips[part.rows])
+    t = torch.zeros_like(part.t)  # type: ignore[arg-type]
+    c = corrupt(x0, part.mask, recipe.branches[number].noise_on, t, objective.model.schedule, part.noise)
+    assert torch.equal(c.x_enc, gather(x0, part.mask.visible))
+    for seen, at in ((c.visible, part.mask.visible), (c.hidden, part.mask.hidden)):
+        assert torch.equal(seen.x0, gather(x0, at))
+        assert seen.x_t is None or torch.equal(seen.x_t, gather(x0, at))
+    if recipe.noise_on == "hidden":
         assert c.x_dec is not None
-        assert torch.equal(c.x_dec, gather(x0, draws.mask.hidden))
+        assert torch.equal(c.x_dec, gather(x0, part.mask.hidden))
+
+
+@pytest.mark.parametrize("variant", ["diffmae", "dit", "umd", "umd_flow", "maskdit"])
+def test_corruption_is_noise_on_pixels(variant: str) -> None:
+    """x_t of each token is alpha x0 + sigma eps with that token's own noise, all of it put together as pictures."""
+    recipe = small_variant(variant)
+    objective, clips, draws = batch_for(recipe)
+    number = len(recipe.branches) - 1
+    part, branch = part_of(draws, number), recipe.branches[number]
+    model, c = objective.model, corrupted(objective, clips, draws, number)
+    assert part.t is not None
+    assert part.noise is not None
+    assert model.schedule is not None
+
+    def picture(indices: Tensor, values: Tensor) -> Tensor:
+        blank = torch.zeros(len(part.rows), recipe.clip.num_tokens, recipe.clip.token_dim)
+        return unpatchify(scatter(blank, indices, values), recipe.clip.grid, recipe.clip.patch_size)
+
+    carriers = part.mask.hidden if branch.noise_on == "hidden" else part.mask.visible
+    if part.noise.shape[1] == recipe.clip.num_tokens:
+        carriers = torch.cat([part.mask.visible, part.mask.hidden], dim=1)
+    alpha, sigma = (rate.float()[:, None, None, None, None] for rate in model.schedule.rates(part.t))
+    normalised = (clips[part.rows] - model.mean) / model.std
+    noisy = torch.where(
+        holes_of(recipe, carriers), alpha * normalised + sigma * picture(carriers, part.noise), normalised
+    )
+    seen = torch.cat([c.x_enc, c.x_dec if c.x_dec is not None else c.hidden.x0], dim=1)
+    if c.hidden.x_t is not None:
+        assert c.x_dec is None or c.x_dec is c.hidden.x_t
+        seen = torch.cat([c.x_enc, c.hidden.x_t], dim=1)
+    order = torch.cat([part.mask.visible, part.mask.hidden], dim=1)
+    assert_close(picture(order, seen), noisy, rtol=1e-5, atol=1e-6)
 
 
 # One token's noise and another's prediction
@@ -206,14 +377,18 @@ def test_corruption_at_time_zero_is_clean(noise_on: Any) -> None:
 def test_who_sees_another_tokens_noise(decoder: str) -> None:
     """In `cross` nobody; in `joint` and `cross_self` everybody."""
     objective, clips, draws = batch_for(small(decoder=decoder), n=1)
-    model = objective.model
-    visible = gather(model.tokens(clips), draws.mask.visible)
-    assert draws.noise is not None
-    before = model(visible, draws.mask, draws.noise, draws.t)
-    for changed in range(draws.noise.shape[1]):
-        noise = draws.noise.clone()
+    model, part = objective.model, part_of(draws)
+    visible = gather(model.tokens(clips), part.mask.visible)
+    assert part.noise is not None
+
+    def predictions(noise: Tensor) -> Tensor:
+        return model(visible, part.mask, noise, part.t)["hidden"]["x0"]
+
+    before = predictions(part.noise)
+    for changed in range(part.noise.shape[1]):
+        noise = part.noise.clone()
         noise[:, changed] += 1
-        same = (model(visible, draws.mask, noise, draws.t) == before).all(-1)[0]
+        same = (predictions(noise) == before).all(-1)[0]
         others = torch.arange(len(same)) != changed
         assert not same[changed]
         assert same[others].all() if decoder == "cross" else not same[others].any()
@@ -223,25 +398,30 @@ def test_who_sees_another_tokens_noise(decoder: str) -> None:
 def test_a_mask_tokens_prediction_depends_on_the_others_only_if_they_attend(decoder: str) -> None:
     """An MAE: take one hidden token away, and the others' predictions change or not."""
     objective, clips, draws = batch_for(small("mae_raw", decoder=decoder), n=1)
-    model = objective.model
-    visible = gather(model.tokens(clips), draws.mask.visible)
-    all_of_them = model(visible, draws.mask)
-    fewer = model(visible, Mask(draws.mask.visible, draws.mask.hidden[:, 1:]))
+    model, mask = objective.model, part_of(draws).mask
+    visible = gather(model.tokens(clips), mask.visible)
+    all_of_them = model(visible, mask)["hidden"]["x0"]
+    fewer = model(visible, Mask(mask.visible, mask.hidden[:, 1:]))["hidden"]["x0"]
     difference = (all_of_them[:, 1:] - fewer).abs().amax()
     assert difference < 1e-6 if decoder == "cross" else difference > 1e-4
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_the_order_of_tokens_does_not_matter(decoder: str) -> None:
-    objective, clips, draws = batch_for(small(decoder=decoder), n=1)
-    model, x0 = objective.model, objective.model.tokens(clips)
-    assert draws.noise is not None
-    v = torch.randperm(draws.mask.visible.shape[1], generator=generator(1))
-    h = torch.randperm(draws.mask.hidden.shape[1], generator=generator(2))
-    shuffled = Mask(draws.mask.visible[:, v], draws.mask.hidden[:, h])
-    before = model(gather(x0, draws.mask.visible), draws.mask, draws.noise, draws.t)
-    after = model(gather(x0, shuffled.visible), shuffled, draws.noise[:, h], draws.t)
-    assert_close(after, before[:, h], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("variant, number", BRANCHES, ids=BRANCH_IDS)
+def test_the_order_of_tokens_does_not_matter(variant: str, number: int) -> None:
+    """Positions go along with the tokens, added or rotated: predictions are permuted as the tokens are."""
+    objective, clips, draws = batch_for(small_variant(variant))
+    model, part = objective.model, part_of(draws, number)
+    c = corrupted(objective, clips, draws, number)
+    V, M = part.mask.visible.shape[1], part.mask.hidden.shape[1]
+    v, h = torch.randperm(V, generator=generator(1)), torch.randperm(M, generator=generator(2))
+    shuffled = Mask(part.mask.visible[:, v], part.mask.hidden[:, h])
+    on = tuple({term.on for term in objective.model.recipe.branches[number].terms})
+    before = model(c.x_enc, part.mask, c.x_dec, part.t, part.labels, on=on)
+    after = model(c.x_enc[:, v], shuffled, None if c.x_dec is None else c.x_dec[:, h], part.t, part.labels, on=on)
+    for where in on:
+        for name, prediction in before[where].items():
+            order = v if where == "visible" else h
+            assert_close(after[where][name], prediction[:, order], rtol=1e-5, atol=1e-5)
 
 
 # Top-down connections
@@ -270,14 +450,15 @@ def test_each_decoder_block_reads_its_own_tap(decoder: str) -> None:
     assert recipe.decoder is not None
     assert recipe.decoder.taps == (5, 4, 2)
     objective, clips, draws = batch_for(recipe)
-    model = objective.model
+    model, mask = objective.model, part_of(draws).mask
     outputs: dict[int, Tensor] = {}
     for i, block in enumerate(model.encoder.blocks, start=1):
         block.register_forward_hook(lambda module, arguments, output, i=i: outputs.update({i: output}))
-    context = model.prepare(gather(model.tokens(clips), draws.mask.visible), draws.mask.visible)
+    context = model.prepare(gather(model.tokens(clips), mask.visible), mask.visible)
     norms = [model.encoder.norm, *list(model.decoder.tap_norms)[1:]]
     assert all(isinstance(norm, nn.LayerNorm) for norm in norms)
-    for block, norm, tap, (k, v) in zip(model.decoder.blocks, norms, (5, 4, 2), context, strict=True):
+    assert context.known is None
+    for block, norm, tap, (k, v) in zip(model.decoder.blocks, norms, (5, 4, 2), context.keys_values, strict=True):
         keys, values = block.cross_attn.kv(norm(outputs[tap])).chunk(2, dim=-1)
         assert torch.equal(k.transpose(1, 2).flatten(2), keys)
         assert torch.equal(v.transpose(1, 2).flatten(2), values)
@@ -342,6 +523,24 @@ def test_repaint_never_reads_a_hole_and_never_touches_the_rest(
     assert (inside != clips[:, None].expand_as(result)[everywhere]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["umd", "umd_flow", "dit", "maskdit", "dit_umd", "mae_umd", "umd_finetune"])
+@pytest.mark.parametrize("once", [False, True], ids=["sampled", "predicted"])
+def test_replacement_never_reads_a_hole_and_never_touches_the_rest(name: str, once: bool) -> None:
+    """Models that put noise on every token they see, and the clean branches of those that have one."""
+    model = build(small(name))
+    clips, holes = clips_for(model.recipe, 2), pixel_holes(model.recipe, 2)
+    result = predict(model, clips, holes) if once else repaint(model, clips, holes, num_steps=2)[:, 0]
+    everywhere = holes[:, None].expand_as(result)
+    for content in (1 - clips, torch.full_like(clips, torch.nan)):
+        blind = torch.where(everywhere, content, clips)
+        other = predict(model, blind, holes) if once else repaint(model, blind, holes, num_steps=2)[:, 0]
+        assert torch.equal(other, result)
+    assert torch.equal(result[~everywhere], clips[~everywhere])
+    inside = result[everywhere]
+    assert ((inside >= 0) & (inside <= 1)).all()
+    assert (inside != clips[everywhere]).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("finer", [False, True], ids=["tokens", "pixels"])
 def test_the_denoiser_is_not_even_handed_a_hole(finer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = painter("cross_self")
@@ -390,12 +589,12 @@ def test_the_encoder_runs_once(name: str, num_steps: int, num_samples: int) -> N
         )
     clips = clips_for(model.recipe, 4)
     repaint(model, clips, token_holes(model.recipe, 4, 7), num_steps=num_steps, num_samples=num_samples)
-    steps = 1 if name == "mae_raw" else num_steps
-    assert calls == {"encoder": 1, "decoder": steps * num_samples}
+    steps = 1 if name == "mae_raw" else num_steps * num_samples  # an MAE has one answer, however many are asked for
+    assert calls == {"encoder": 1, "decoder": steps}
     calls.update(encoder=0, decoder=0)
     holes = torch.cat([token_holes(model.recipe, 2, 7), token_holes(model.recipe, 2, 8)])[[0, 2, 1, 3]]
     repaint(model, clips, holes, num_steps=num_steps, num_samples=num_samples)
-    assert calls == {"encoder": 2, "decoder": 2 * steps * num_samples}
+    assert calls == {"encoder": 2, "decoder": 2 * steps}
 
 
 @pytest.mark.parametrize("name", ["cross_self", "joint", "mae_raw", "video"])
@@ -448,58 +647,114 @@ def test_repaint_equals_training_time_prediction() -> None:
     recipe = small()
     objective, clips, draws = batch_for(recipe)
     model, x0 = objective.model, objective.model.tokens(clips)
-    assert draws.noise is not None
-    t = torch.full((2,), 300)
-    c = corrupt(x0, draws.mask, "hidden", t, model.schedule, draws.noise)
-    expected = model(c.x_enc, draws.mask, c.x_dec, t).clamp(model.low, model.high)
-    blind = scatter(x0, draws.mask.hidden, torch.full_like(c.x0, torch.nan))
+    part = dataclasses.replace(part_of(draws), t=torch.full((2,), 300))
+    c = corrupted(objective, clips, Draws((part,)))
+    expected = predicted(objective, clips, Draws((part,)))["hidden"]["x0"].clamp(model.low, model.high)
+    blind = scatter(x0, part.mask.hidden, torch.full_like(c.hidden.x0, torch.nan))
     assert c.x_dec is not None
-    assert_close(model.denoiser(blind, draws.mask)(c.x_dec, 300), expected, rtol=1e-5, atol=1e-5)
+    assert_close(model.denoiser(blind, part.mask)(c.x_dec, 300), expected, rtol=1e-5, atol=1e-5)
 
 
 # Initialisation and gradients
 
+INITIALISED = [
+    "mae",
+    "diffmae",
+    "diffmae joint",
+    "diffmae nothing hidden",
+    "dit classes",
+    "maskdit",
+    "umd",
+    "umd faithful",
+    "umd_flow generator",
+    "mae_umd",
+    "umd_finetune",
+]
 
-@pytest.mark.parametrize("variant", ["mae", "diffmae", "diffmae joint", "diffmae nothing hidden"])
+
+@pytest.mark.parametrize("variant", INITIALISED)
 def test_initialisation_after_all_of_it_ran(variant: str) -> None:
-    """Xavier Linears, zero biases, LayerNorms at identity; time embedding, class and mask token N(0, 0.02)."""
+    """Xavier Linears, zero biases, norms at identity; time and class, class and mask tokens N(0, 0.02); modulations zero;
+    predictions as the network says; learned positions N(0, 1 / N)."""
     name, arguments = VARIANTS[variant]
+    few_classes = {**arguments, "size": "S/16", "height": 224}
+    if "generator" in arguments:
+        few_classes["generator"] = 10
     torch.manual_seed(0)
-    model = MaskedDiffusionAutoencoder(RECIPES[name](**{**arguments, "size": "S/16"}))
-    in_time = {f"{n}.{m}" for n, x in model.named_modules() if isinstance(x, TimeEmbedding) for m in ("fc1", "fc2")}
-    assert bool(in_time) == (variant != "mae")
+    model = MaskedDiffusionAutoencoder(make(name, few_classes))
+    recipe = model.recipe
+    told = {f"{n}.{m}" for n, x in model.named_modules() if isinstance(x, Trunk) for m in ("fc1", "fc2")}
+    assert len(told) == (0 if variant == "mae" else 4 if recipe.condition.num_classes and "dit" not in variant else 2)
+    modulated = 0
     checked = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             bound = (6 / (module.in_features + module.out_features)) ** 0.5
-            std = 0.02 if path in in_time else bound / 3**0.5
-            assert_close(module.weight.std(), torch.tensor(std), rtol=0.02, atol=0)
-            assert_close(module.weight.mean(), torch.tensor(0.0), rtol=0, atol=5 * std / module.weight.numel() ** 0.5)
-            if path in in_time:
-                assert module.weight.abs().max() > 3 * 0.02  # normal, not uniform
+            init = {"xavier": "uniform", "normal": "normal", "zeros": "zeros"}[recipe.network.head_init]
+            if "modulation" in path:
+                init, modulated = "zeros", modulated + 1
+            elif path in told:
+                init = "normal"
+            elif not path.startswith("head."):
+                init = "uniform"
+            if init == "zeros":
+                assert (module.weight == 0).all()
             else:
-                assert module.weight.abs().max() <= bound
+                std = 0.02 if init == "normal" else bound / 3**0.5
+                assert_close(module.weight.std(), torch.tensor(std), rtol=0.02, atol=0)
+                error = 5 * std / module.weight.numel() ** 0.5
+                assert_close(module.weight.mean(), torch.tensor(0.0), rtol=0, atol=error)
+                # normal, not uniform
+                assert module.weight.abs().max() > 3 * 0.02 if init == "normal" else module.weight.abs().max() <= bound
             assert (module.bias == 0).all()
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             assert module.eps == 1e-6
+            if not module.elementwise_affine:
+                assert recipe.network.norm == "layer_fixed"
+                continue
             assert (module.weight == 1).all()
-            assert (module.bias == 0).all()
+            assert isinstance(module, nn.RMSNorm) or (module.bias == 0).all()
         else:
             continue
         checked |= {f"{path}.weight", f"{path}.bias"}
-    tokens = {n: p for n, p in model.named_parameters() if n not in checked}
-    assert set(tokens) == {"encoder.cls_token"} | ({"decoder.mask_token"} if variant == "mae" else set())
-    for token in tokens.values():
-        assert_close(token.std(), torch.tensor(0.02), rtol=0.2, atol=0)
-        assert token.abs().max() < 0.02 * 5
+    if recipe.condition.time == "adaln":  # one in each block, one before the predictions, one before a narrower decoder
+        depth = recipe.encoder.depth + (recipe.decoder.depth if recipe.decoder else 0)
+        narrow = recipe.decoder is not None and recipe.decoder.embed_dim != recipe.encoder.embed_dim
+        assert modulated == depth + 1 + narrow
+    else:
+        assert modulated == 0
+    others = {n: p for n, p in model.named_parameters() if n not in checked}
+    expected = {"encoder.cls_token"} if recipe.encoder.num_class_tokens else set()
+    if recipe.noise_on != "hidden" and recipe.decoder:
+        expected.add("decoder.mask_token")
+    if recipe.network.positions == "learned":
+        expected |= {"encoder.positions.pos_embed", "decoder.positions.pos_embed"}
+    if recipe.condition.num_classes:
+        expected.add("condition.label_embed.weight")
+        if recipe.condition.label_tokens:
+            expected.add("condition.label_places")
+    assert set(others) == expected
+    for path, values in others.items():
+        if path == "encoder.cls_token" and recipe.encoder.class_token_init == "zeros":
+            assert (values == 0).all()
+            continue
+        std = recipe.clip.num_tokens**-0.5 if path.endswith("pos_embed") else 0.02
+        assert_close(values.std(), torch.tensor(std), rtol=0.2, atol=0)
+        assert values.abs().max() < std * 5.5
 
 
 def without_gradient(recipe: Recipe) -> set[str]:
-    """Parameters whose gradient is zero by arithmetic when nothing is visible: no patch is embedded, and attention over
-    the class token alone has weight 1 whatever the query."""
-    if recipe.branch.mask_ratio < 1:
+    """Parameters whose gradient is zero by arithmetic.
+
+    When nothing is visible no patch is embedded, and attention over the class token alone has weight 1 whatever the query.
+    When nothing is hidden no mask token is used.
+    """
+    if recipe.decoder is None:
         return set()
-    assert recipe.decoder is not None
+    if all(branch.mask_ratio == 0 for branch in recipe.branches):
+        return {"decoder.mask_token"}
+    if recipe.branches[0].mask_ratio < 1:
+        return set()
     names = {"encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"}
     if recipe.decoder.kind != "joint":
         for i in range(recipe.decoder.depth):
@@ -513,44 +768,73 @@ ALL_HIDDEN = {f"all hidden, {kind}": {"mask_ratio": 1.0, "decoder": kind} for ki
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *ALL_HIDDEN])
 def test_every_parameter_gets_a_gradient(variant: str) -> None:
+    """Finite as it is initialised; and not zero, there or, where something starts at zero, once that is moved."""
     recipe = small(**ALL_HIDDEN[variant]) if variant in ALL_HIDDEN else small_variant(variant)
+    starts_at_zero = recipe.condition.time == "adaln"
     torch.manual_seed(0)
-    objective = Objective(MaskedDiffusionAutoencoder(recipe))  # as it is initialised, not moved
-    draws = draw(recipe, objective.model.schedule, 0, 0, range(4))
-    loss, _ = objective(clips_for(recipe, 4), draws)
-    loss.backward()
-    silent = set()
-    for name, parameter in objective.model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        if (
-            parameter.grad.abs().max() < 1e-7
-        ):  # the kernel's softmax over one key leaves rounding; others are above 1e-4
-            silent.add(name)
+    n = max(4, enough(recipe))
+    labels = labels_for(recipe, n)
+    for model in (MaskedDiffusionAutoencoder(recipe), build(recipe)):
+        objective = Objective(model)
+        draws = draw(recipe, model.schedule, 0, 0, range(n), labels=labels)
+        loss, _ = objective(clips_for(recipe, n), draws)
+        loss.backward()
+        silent = set()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            # the kernel's softmax over one key leaves rounding; others are above 1e-4, or 1e-6 behind small gates
+            if parameter.grad.abs().max() < 1e-7:
+                silent.add(name)
+        if not starts_at_zero:
+            break
     assert silent == without_gradient(recipe)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_batch_equals_its_items_one_by_one(variant: str) -> None:
+    """Draws, losses of tokens, and the loss; and it equals its two unequal halves, weighted by their sizes."""
     recipe = small_variant(variant)
-    objective, clips, draws = batch_for(recipe, n=3)
+    n = max(3, enough(recipe))
+    objective, clips, draws = batch_for(recipe, n)
+    labels, schedule = labels_for(recipe, n), objective.model.schedule
     loss, per_token = objective(clips, draws)
+    where = {int(row): (number, at) for number in range(len(recipe.branches))
+             for at, row in enumerate(part_of(draws, number).rows)}  # fmt: skip
+    assert set(where) == set(range(n))
+
+    def alone(first: int, last: int) -> tuple[Draws, Tensor, dict[str, Tensor]]:
+        some = None if labels is None else labels[first:last]
+        mine = draw(recipe, schedule, 0, 0, range(first, last), labels=some)
+        return mine, *objective(clips[first:last], mine)
+
     losses = []
-    for i in range(3):
-        alone = draw(recipe, objective.model.schedule, 0, 0, [i])
-        assert torch.equal(alone.mask.hidden[0], draws.mask.hidden[i])
-        one, tokens = objective(clips[i : i + 1], alone)
-        assert_close(tokens[0], per_token[i], rtol=1e-5, atol=1e-5)
+    for i in range(n):
+        mine, one, tokens = alone(i, i + 1)
+        number, at = where[i]
+        part, whole = part_of(mine, number), part_of(draws, number)
+        assert all(other is None for other in mine.branches if other is not part)
+        assert torch.equal(part.mask.hidden[0], whole.mask.hidden[at])
+        assert torch.equal(part.mask.visible[0], whole.mask.visible[at])
+        for name in ("t", "noise", "labels"):
+            of_part, of_whole = getattr(part, name), getattr(whole, name)
+            assert (of_part is None) == (of_whole is None)
+            assert of_part is None or torch.equal(of_part[0], of_whole[at])
+        for name, values in tokens.items():
+            assert_close(values[0], per_token[name][at], rtol=1e-5, atol=1e-5)
         losses.append(one)
     assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+    third = n // 3
+    halves = third / n * alone(0, third)[1] + (n - third) / n * alone(third, n)[1]
+    assert_close(loss, halves, rtol=1e-5, atol=1e-5)
 
 
 def test_draws_depend_on_seed_epoch_and_index() -> None:
     recipe = small()
     schedule = build(recipe).schedule
 
-    def drawn(seed: int, epoch: int, indices: list[int]) -> Draws:
-        return draw(recipe, schedule, seed, epoch, indices)
+    def drawn(seed: int, epoch: int, indices: list[int]) -> BranchDraws:
+        return part_of(draw(recipe, schedule, seed, epoch, indices))
 
     first = drawn(0, 0, [5, 3])
     swapped = drawn(0, 0, [3, 5])
@@ -562,21 +846,30 @@ def test_draws_depend_on_seed_epoch_and_index() -> None:
         assert not torch.equal(first.noise, other.noise)
 
 
-def test_one_frame_of_a_clip_model_is_the_image_model() -> None:
+@pytest.mark.parametrize("arguments", [{}, {"name": "umd"}, {"name": "umd_flow"}])
+def test_one_frame_of_a_clip_model_is_the_image_model(arguments: dict[str, str]) -> None:
     """Patch embedding summed over a still tubelet: the video path at one token in time equals the image path."""
-    image, video = build(small()), build(small(frames=2, tubelet_size=2))
+    image, video = build(small(**arguments)), build(small(**arguments, frames=2, tubelet_size=2))
     state = image.state_dict()
     patches = state["encoder.patch_embed.proj.weight"]
     state["encoder.patch_embed.proj.weight"] = torch.cat([patches, patches], dim=1) / 2
-    encoder = {name.removeprefix("encoder."): x for name, x in state.items() if name.startswith("encoder.")}
-    video.encoder.load_state_dict(encoder)
+    shared = {n: x for n, x in state.items() if n.startswith(("encoder.", "condition."))}
+    assert not video.load_state_dict(shared, strict=False).unexpected_keys
     clips = clips_for(image.recipe)
     still = clips.expand(-1, -1, 2, -1, -1)
     assert_close(video.encode(still), image.encode(clips), rtol=1e-5, atol=1e-5)
 
 
 def test_pixels_undo_tokens() -> None:
-    for variant in ("mae", "diffmae", "diffmae video", "diffmae rectangle", "diffmae digits"):
+    for variant in (
+        "mae",
+        "diffmae",
+        "diffmae video",
+        "diffmae rectangle",
+        "diffmae digits",
+        "umd latent",
+        "umd video",
+    ):
         model = build(small_variant(variant))
         clips = clips_for(model.recipe)
         assert_close(model.pixels(model.tokens(clips)), clips, rtol=1e-5, atol=1e-6)

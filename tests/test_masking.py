@@ -53,6 +53,10 @@ def test_scatter_leaves_its_argument_alone() -> None:
         ((1, 3, 3), 0.75, 7),
         ((1, 7, 7), 0.75, 37),
         ((1, 4, 4), 1, 16),
+        ((1, 16, 16), 0.75, 192),  # UMD's clean branch, its noisy one, and MaskDiT: 64, 160 and 128 stay
+        ((1, 16, 16), 0.375, 96),
+        ((1, 16, 16), 0.5, 128),
+        ((1, 16, 16), 0.0, 0),
     ],
 )
 def test_random_mask_counts_as_mae(grid: tuple[int, int, int], ratio: float, hidden: int) -> None:
@@ -159,3 +163,14 @@ def test_group_rows_keeps_rows_and_order() -> None:
         for row, visible, masked in zip(rows, mask.visible, mask.hidden, strict=True):
             assert torch.equal(visible, (~hidden[row]).nonzero().flatten())
             assert torch.equal(masked, hidden[row].nonzero().flatten())
+
+
+@pytest.mark.parametrize("masking, ratio", [("random", 0.75), ("random", 0.0), ("random", 1.0), ("center", 0.25)])
+def test_flags_say_what_is_hidden(masking: str, ratio: float) -> None:
+    mask = draw_mask(masking, generators(0, 1, 2), (1, 8, 8), ratio)
+    flags = mask.flags()
+    assert flags.shape == (3, 64)
+    assert flags.dtype == torch.bool
+    for row, hidden, visible in zip(flags, mask.hidden, mask.visible, strict=True):
+        assert row[hidden].all()
+        assert not row[visible].any()

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import linalg, ndimage
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -15,6 +15,8 @@ from small import generator
 from unveil.metrics import (
     accuracy,
     choose_ridge,
+    fewshot_predict,
+    frechet_distance,
     hole_mse,
     knn_predict,
     laplacian_energy,
@@ -92,6 +94,43 @@ def test_the_penalty_is_chosen_on_held_out_training_rows() -> None:
     assert choose_ridge(train, labels, 4, (7.0,)) == 7.0
 
 
+def fewshot_by_lstsq(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, l2: float) -> np.ndarray:
+    """The same probe as a plain least-squares problem: the penalty as further rows sqrt(l2) I with targets 0."""
+    x, z = train.double().numpy(), test.double().numpy()
+    mean, std = np.mean(x, axis=0), np.std(x, axis=0) + 1e-5
+    x, z = (np.hstack([(v - mean) / std, np.full((len(v), 1), 100.0)]) for v in (x, z))
+    targets = np.where(labels.numpy()[:, None] == np.arange(4), 1.0, -1.0)
+    rows = np.vstack([x, np.sqrt(l2) * np.eye(x.shape[1])])
+    weights = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((x.shape[1], 4))]), rcond=None)[0]
+    return (z @ weights).argmax(1)
+
+
+@pytest.mark.parametrize("l2", [1e-3, 8.0, 1024.0, 1e6])
+@pytest.mark.parametrize("n, dims", [(90, 7), (5, 3), (40, 39), (40, 40), (40, 41), (40, 300)])
+def test_fewshot_equals_least_squares_with_penalty_rows(l2: float, n: int, dims: int) -> None:
+    """Of many test rows some lie at a border, so that another deviation, bias or penalty changes some predictions."""
+    train, labels, test, _ = clusters(n=n, m=4000, dims=dims)
+    assert fewshot_predict(train, labels, test, 4, l2).tolist() == fewshot_by_lstsq(train, labels, test, l2).tolist()
+
+
+def test_fewshot_has_the_published_penalty_and_it_matters() -> None:
+    train, labels, test, truth = clusters(n=90, m=4000)
+    ours = fewshot_predict(train, labels, test, 4)
+    assert ours.tolist() == fewshot_by_lstsq(train, labels, test, 1024.0).tolist()
+    assert accuracy(ours, truth) > 30
+    for l2 in (1e-3, 1e6):
+        assert (ours != fewshot_predict(train, labels, test, 4, l2)).double().mean() > 0.02
+    # 1,024 is not divided by the number of rows: with every row ten times, the same penalty weighs a tenth
+    often = fewshot_predict(train.repeat(10, 1), labels.repeat(10), test, 4, 10 * 1024.0)
+    assert torch.equal(often, ours)
+
+
+def test_fewshot_on_raw_pixels_needs_no_matrix_of_all_features() -> None:
+    train, labels = torch.rand(8, 200_000, generator=generator()), torch.arange(8) % 2
+    shifted = train + labels[:, None]
+    assert fewshot_predict(shifted, labels, shifted, 2).tolist() == labels.tolist()
+
+
 @pytest.mark.parametrize("k", [1, 5, 20, 1000])
 def test_knn_equals_scikit_learn(k: int) -> None:
     train, labels, test, truth = clusters(n=150, m=1100, decades=0.2)
@@ -117,6 +156,75 @@ def test_knn_ignores_length_and_survives_zero_vectors() -> None:
 
 def test_accuracy_is_in_percent() -> None:
     assert accuracy(torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2, 0, 3])) == 50
+
+
+def samples_with(mean: torch.Tensor, std: torch.Tensor, n: int = 60, seed: int = 0) -> torch.Tensor:
+    """Samples whose own mean and covariance are exactly these, the latter diagonal: (n, D), float64."""
+    x = torch.randn(n, len(mean), generator=generator(seed), dtype=torch.float64)
+    q = torch.linalg.qr(x - x.mean(0)).Q  # orthonormal columns, which sum to 0
+    return q * math.sqrt(n - 1) * std + mean
+
+
+def features(n: int, dims: int = 5, seed: int = 0) -> torch.Tensor:
+    """Samples with a full covariance, (n, dims), float64."""
+    g = generator(seed)
+    mixing = torch.randn(dims, dims, generator=g, dtype=torch.float64)
+    return torch.randn(n, dims, generator=g, dtype=torch.float64) @ mixing + torch.randn(dims, generator=g)
+
+
+def test_frechet_distance_of_diagonal_covariances_has_a_closed_form() -> None:
+    means, stds = torch.rand(2, 4, generator=generator()).double(), torch.rand(2, 4, generator=generator(1)).double()
+    a, b = samples_with(means[0], stds[0], n=60), samples_with(means[1], stds[1], n=25, seed=3)
+    expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-10)
+    assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_distance_equals_scipy() -> None:
+    a, b = features(200), features(150, seed=1)
+    ca, cb = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    gap = a.numpy().mean(0) - b.numpy().mean(0)
+    expected = gap @ gap + np.trace(ca + cb - 2 * np.real(linalg.sqrtm(ca @ cb)))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 30, 400])
+def test_frechet_distance_of_a_set_to_itself_is_zero_and_to_itself_moved_the_way(n: int) -> None:
+    """Also with fewer samples than features and with features that never fire, where covariances are singular."""
+    a = features(n, dims=64)
+    a[:, :9] = 0
+    scale = a.square().sum(1).mean().item()
+    assert 0 <= frechet_distance(a, a) <= 1e-12 * scale
+    assert 0 <= frechet_distance(a, a.flip(0)) <= 1e-12 * scale
+    assert frechet_distance(a, a + 0.5) == pytest.approx(64 * 0.25, rel=1e-9)
+    assert frechet_distance(a.float(), a.float() + 0.5) == pytest.approx(64 * 0.25, rel=1e-5)
+
+
+def test_frechet_distance_is_the_same_in_rotated_features() -> None:
+    a, b = features(200), features(150, seed=1)
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator(2), dtype=torch.float64)).Q
+    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+
+
+def test_frechet_distance_is_biased_upward_for_few_samples() -> None:
+    a, b = torch.randn(2, 4000, 16, generator=generator())
+    assert frechet_distance(a[:50], b[:50]) > 5 * frechet_distance(a, b) > 0
+
+
+@pytest.mark.parametrize(
+    "a, b, words",
+    [
+        (torch.zeros(1, 3), torch.zeros(5, 3), "one sample has no spread"),
+        (torch.zeros(5, 3), torch.zeros(0, 3), "one sample has no spread"),
+        (torch.zeros(5, 3), torch.zeros(5, 4), "the same classifier"),
+        (torch.zeros(5, 3, 1), torch.zeros(5, 3), "the same classifier"),
+        (torch.zeros(5, 3), torch.full((5, 3), math.nan), "no Gaussian"),
+        (torch.full((5, 3), math.inf), torch.zeros(5, 3), "no Gaussian"),
+    ],
+)
+def test_frechet_distance_refuses(a: torch.Tensor, b: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        frechet_distance(a, b)
 
 
 def scene(B: int = 3, C: int = 3, T: int = 2, H: int = 9, W: int = 7) -> Tensors:

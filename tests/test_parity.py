@@ -1,4 +1,4 @@
-"""Against independent code: MAE's and guided-diffusion's recorded numbers, timm, Hugging Face ViTMAE, diffusers."""
+"""Against independent code: recorded numbers of MAE, UMD, DiT and guided-diffusion, timm, Hugging Face ViTMAE, diffusers."""
 
 import dataclasses
 import functools
@@ -15,12 +15,13 @@ from torch.testing import assert_close
 
 from unveil import recipes
 from unveil.config import Clip, Decoder, Encoder, Recipe
-from unveil.losses import Draws, Objective
-from unveil.masking import gather, mask_from_scores
+from unveil.convert import from_dit, from_umd
+from unveil.losses import BranchDraws, Draws, Objective
+from unveil.masking import Mask, gather, mask_from_scores
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.sampling import ddim, ddpm, standard_normal
 from unveil.schedule import DiscreteSchedule, add_noise, posterior, x0_from_eps
-from unveil.tokens import patchify
+from unveil.tokens import patchify, unpatchify
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -45,13 +46,29 @@ def as_linear(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
+def drawn(mask: Mask) -> Draws:
+    """A step of MAE, where only the mask is random."""
+    return Draws((BranchDraws(torch.arange(len(mask.hidden)), mask, None, None, None),))
+
+
+def filled(recipe: Recipe, state: dict[str, Tensor]) -> MaskedDiffusionAutoencoder:
+    model = MaskedDiffusionAutoencoder(recipe)
+    model.load_state_dict(state)
+    return model.eval()
+
+
 # MAE's published model
 
 
 def our_name(name: str) -> str:
-    for prefix in ("embed", "blocks", "norm", "pred"):
-        if name.startswith(f"decoder_{prefix}"):
-            return name.replace("decoder_", "decoder.", 1)
+    for theirs, ours in {
+        "norm": "head.norm",
+        "pred": "head.pred.x0",
+        "embed": "decoder.embed",
+        "blocks": "decoder.blocks",
+    }.items():
+        if name.startswith(f"decoder_{theirs}"):
+            return name.replace(f"decoder_{theirs}", ours, 1)
     return "decoder.mask_token" if name == "mask_token" else f"encoder.{name}"
 
 
@@ -62,7 +79,7 @@ def published_mae() -> MaskedDiffusionAutoencoder:
     for name, part in (("pos_embed", model.encoder), ("decoder_pos_embed", model.decoder)):
         table = state.pop(name)[0]
         assert (table[0] == 0).all()  # the class token's
-        assert torch.equal(table[1:], part.pos_embed)  # bit for bit
+        assert torch.equal(table[1:], part.positions.pos_embed)  # bit for bit
     state["patch_embed.proj.weight"] = as_linear(state["patch_embed.proj.weight"])
     model.load_state_dict({our_name(name): value for name, value in state.items()})
     return model.eval()
@@ -80,9 +97,161 @@ def test_mae_latent_prediction_and_loss() -> None:
     assert torch.equal(x0, expected["patchify"])
     visible = gather(x0, mask.visible)
     assert_close(model.encoder(visible, mask.visible, (2,))[0], expected["latent"], rtol=1e-5, atol=1e-5)
-    assert_close(model(visible, mask), gather(expected["pred"], mask.hidden), rtol=1e-5, atol=1e-5)
-    loss, _ = Objective(model)(clips, Draws(mask, None, None))
+    assert_close(model(visible, mask)["hidden"]["x0"], gather(expected["pred"], mask.hidden), rtol=1e-5, atol=1e-5)
+    loss, _ = Objective(model)(clips, drawn(mask))
     assert_close(loss, expected["loss"], rtol=1e-5, atol=1e-5)
+
+
+# UMD's published model
+
+
+@functools.cache
+def published_umd(name: str) -> MaskedDiffusionAutoencoder:
+    recipe, state, _ = from_umd(reference(name))
+    return filled(recipe, state)
+
+
+def everything(B: int, N: int) -> Mask:
+    tokens = torch.arange(N).expand(B, -1)
+    return Mask(tokens, tokens[:, :0])
+
+
+def umd_inputs(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, times and classes of a file. Their times are ours: 0 is clean."""
+    file = reference(name)
+    tokens = patchify(file["input/image_nhwc"].permute(0, 3, 1, 2)[:, :, None], 4)
+    assert file["input/t"].flatten().tolist() == [0, 1, 700]
+    return tokens, file["input/t"][:, 0].long(), file["input/y"].long()
+
+
+def as_nhwc(predictions: dict[str, Tensor]) -> Tensor:
+    """Predictions of all 16 tokens in grid order as they write them: x0, then eps, in channels."""
+    clips = [unpatchify(predictions[head], (1, 4, 4), 4)[:, :, 0] for head in ("x0", "eps")]
+    return torch.cat(clips, dim=1).permute(0, 2, 3, 1)
+
+
+UMDS = ["umd_adaln_cond", "umd_timetoken_cond"]
+
+
+@pytest.mark.parametrize("name", UMDS)
+@torch.no_grad()
+def test_umd_predicts_whole_pictures(name: str) -> None:
+    model, expected = published_umd(name), reference(name)
+    x, t, labels = umd_inputs(name)
+    predictions = model(x, everything(3, 16), None, t, labels, on=("visible",))["visible"]
+    assert_close(as_nhwc(predictions), expected["full/pred_nhwc"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", UMDS)
+@pytest.mark.parametrize("part", ["full", "masked"])
+@torch.no_grad()
+def test_umd_represents(name: str, part: str) -> None:
+    """The mean class token behind the encoder's norm; at t = 700 their sinusoid is rounded otherwise."""
+    model, expected = published_umd(name), reference(name)
+    x, t, labels = umd_inputs(name)
+    visible = everything(3, 16).visible
+    if part == "masked":
+        visible, t = expected["masked/ids_shuffle"].long()[:, :4], torch.zeros_like(t)
+    (memory,), _ = model._encode(gather(x, visible), visible, model.taps, t, labels)
+    representation = memory[:, : model.recipe.encoder.num_class_tokens].mean(1)
+    for row in range(3):
+        tolerance = 2e-5 if t[row] == 700 else 1e-5
+        assert_close(representation[row], expected[f"{part}/rep"][row], rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", UMDS)
+@torch.no_grad()
+def test_umd_predicts_visible_and_hidden_tokens(name: str) -> None:
+    model, expected = published_umd(name), reference(name)
+    x, t, labels = umd_inputs(name)
+    order = expected["masked/ids_shuffle"].long()
+    mask = Mask(order[:, :4], order[:, 4:])
+    flags = unpatchify(mask.flags().float()[..., None].expand(-1, -1, 16), (1, 4, 4), 4)[:, 0, 0, :, :, None]
+    assert torch.equal(flags, expected["masked/mask_nhw1"])
+    both = model(gather(x, mask.visible), mask, None, torch.zeros_like(t), labels, on=("visible", "hidden"))
+    predictions = {
+        head: gather(torch.cat([both["visible"][head], both["hidden"][head]], dim=1), order.argsort(dim=1))
+        for head in ("x0", "eps")
+    }
+    assert_close(as_nhwc(predictions), expected["masked/pred_nhwc"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", UMDS)
+@torch.no_grad()
+def test_umd_is_guided(name: str) -> None:
+    """Every prediction, and what a sampler is given of it, which ends at the range of pixels."""
+    model, expected = published_umd(name), reference(name)
+    x, t, _ = umd_inputs(name)
+    labels, scale = expected["cfg/y"].long(), float(expected["cfg/scale"])
+    guided = model._guided(x, everything(3, 16), t, labels, scale)
+    assert_close(as_nhwc(guided), expected["cfg/pred_nhwc"], rtol=1e-5, atol=1e-5)
+    tokens = everything(1, 16).visible
+    all_hidden = Mask(tokens[:, :0], tokens)
+    for row in range(3):
+        clip, one = (
+            patchify(expected["cfg/pred_nhwc"][row : row + 1].permute(0, 3, 1, 2)[:, :, None], 4),
+            x[row : row + 1],
+        )
+        x0, eps = clip.reshape(1, 16, 16, 6).chunk(2, dim=-1)
+        for head, prediction in (("x0", x0.flatten(2)), ("eps", eps.flatten(2))):
+            if head == "eps":
+                assert model.schedule is not None
+                prediction = x0_from_eps(one, prediction, *model.schedule.rates(t[row]))
+            denoise = model.denoiser(
+                torch.full_like(one, torch.nan),
+                all_hidden,
+                labels=labels[row : row + 1],
+                guidance=lambda t: scale,
+                predict=head,
+            )
+            assert_close(denoise(one, int(t[row])), prediction.clamp(-1, 1), rtol=1e-5, atol=1e-5)
+
+
+# DiT's published model
+
+
+@functools.cache
+def published_dit() -> MaskedDiffusionAutoencoder:
+    recipe, state, _ = from_dit(reference("dit"), num_heads=4)
+    return filled(recipe, state)
+
+
+def as_nchw(tokens: Tensor) -> Tensor:
+    return unpatchify(tokens, (1, 4, 4), 2)[:, :, 0]
+
+
+@torch.no_grad()
+def test_dit_predicts_noise_and_variance() -> None:
+    """At 2e-6, for at 1e-5 a wrong eps of LayerNorm passes. Their k is our t = k + 1."""
+    model, expected = published_dit(), reference("dit")
+    x = patchify(expected["input/x_nchw"][:, :, None], 2)
+    assert expected["input/t"].tolist() == [0, 10, 999]
+    predictions = model(x, everything(3, 16), None, expected["input/t"] + 1, expected["input/y"], on=("visible",))[
+        "visible"
+    ]
+    eps, variance = expected["out"].chunk(2, dim=1)
+    assert_close(as_nchw(predictions["eps"]), eps, rtol=2e-6, atol=2e-6)
+    assert_close(as_nchw(predictions["variance"]), variance, rtol=2e-6, atol=2e-6)
+
+
+@torch.no_grad()
+def test_dit_is_guided() -> None:
+    """Their code guides the first three channels of eps; the fourth and the variance stay as they are with the class.
+
+    Here every channel of eps is guided. Their batch is twice the first two pictures, with the class and without.
+    """
+    model, expected = published_dit(), reference("dit")
+    x = patchify(expected["cfg/x"][:2, :, None], 2)
+    t, labels, scale = expected["cfg/t"][:2] + 1, expected["cfg/y"][:2], float(expected["cfg/scale"])
+    mask = everything(2, 16)
+    guided = {head: as_nchw(value) for head, value in model._guided(x, mask, t, labels, scale).items()}
+    plain = {
+        head: as_nchw(value) for head, value in model(x, mask, None, t, labels, on=("visible",))["visible"].items()
+    }
+    for rows in (slice(0, 2), slice(2, 4)):
+        assert_close(guided["eps"][:, :3], expected["cfg/out"][rows, :3], rtol=2e-6, atol=2e-6)
+    assert_close(plain["eps"][:, 3], expected["cfg/out"][:2, 3], rtol=2e-6, atol=2e-6)
+    assert_close(guided["variance"], expected["cfg/out"][:2, 4:], rtol=2e-6, atol=2e-6)
 
 
 # Guided-diffusion
@@ -170,7 +339,7 @@ def test_encoder_equals_timms(height: int, width: int) -> None:
     }
     ours.encoder.load_state_dict(state)
     weight = state["patch_embed.proj.weight"].reshape(32, 8, 8, 3).permute(0, 3, 1, 2)
-    positions = torch.cat([torch.zeros(1, 32), ours.encoder.pos_embed])[None]
+    positions = torch.cat([torch.zeros(1, 32), ours.encoder.positions.pos_embed])[None]
     theirs.load_state_dict({**state, "patch_embed.proj.weight": weight, "pos_embed": positions})
     clips = clips_for(recipe, 3)
     with torch.no_grad():
@@ -189,6 +358,8 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "vit.layers": "encoder.blocks",
         "vit.layernorm": "encoder.norm",
         "decoder.decoder_layers": "decoder.blocks",
+        "decoder.decoder_norm": "head.norm",
+        "decoder.decoder_pred": "head.pred.x0",
         "decoder.decoder_": "decoder.",
         "attention.o_proj": "attn.proj",
         "layernorm_before": "norm1",
@@ -237,22 +408,24 @@ def test_equals_hugging_face_vitmae(patch_norm: bool) -> None:
     state["decoder.decoder_pos_embed"][:, 0] = 0
     theirs.load_state_dict(state)
     recipe = tiny_mae()
+    (branch,) = recipe.branches
+    terms = (dataclasses.replace(branch.terms[0], patch_norm=patch_norm),)
     ours = MaskedDiffusionAutoencoder(
-        dataclasses.replace(recipe, branch=dataclasses.replace(recipe.branch, patch_norm=patch_norm))
+        dataclasses.replace(recipe, branches=(dataclasses.replace(branch, terms=terms),))
     ).eval()
     renamed = from_hugging_face(state)
     positions = state["vit.embeddings.position_embeddings"][0]
     renamed["encoder.cls_token"] = renamed["encoder.cls_token"] + positions[0]
     ours.load_state_dict(renamed)
-    ours.encoder.pos_embed.copy_(positions[1:])
-    ours.decoder.pos_embed.copy_(state["decoder.decoder_pos_embed"][0, 1:])
+    ours.encoder.positions.pos_embed.copy_(positions[1:])
+    ours.decoder.positions.pos_embed.copy_(state["decoder.decoder_pos_embed"][0, 1:])
     clips = clips_for(recipe, 3)
     scores = torch.rand(3, 16, generator=generator(1))
     mask = mask_from_scores(scores, 0.75)
     with torch.no_grad():
         expected = theirs(clips[:, :, 0], noise=scores)
-        prediction = ours(gather(ours.tokens(clips), mask.visible), mask)
-        loss, _ = Objective(ours)(clips, Draws(mask, None, None))
+        prediction = ours(gather(ours.tokens(clips), mask.visible), mask)["hidden"]["x0"]
+        loss, _ = Objective(ours)(clips, drawn(mask))
     assert_close(prediction, gather(expected.logits, mask.hidden), rtol=1e-5, atol=1e-5)
     assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
 

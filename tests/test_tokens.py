@@ -6,7 +6,7 @@ import torch
 from small import generator
 from torch.testing import assert_close
 
-from unveil.tokens import patch_norm, patch_statistics, patchify, sincos_positions, unpatchify
+from unveil.tokens import patch_norm, patch_statistics, patchify, rotary_angles, sincos_positions, unpatchify
 
 SHAPES = [  # channels, frames, height, width, patch, tubelet
     (3, 1, 32, 32, 8, 1),
@@ -89,3 +89,42 @@ def test_every_place_of_a_clip_is_told_apart() -> None:
     table = sincos_positions(32, (4, 5, 6)).double()
     distances = torch.cdist(table, table) + torch.eye(len(table)) * 10
     assert distances.min() > 0.1
+
+
+@pytest.mark.parametrize(
+    "head_dim, grid",
+    [(64, (1, 16, 16)), (8, (1, 4, 4)), (8, (2, 4, 4)), (12, (3, 2, 5)), (4, (1, 1, 6)), (4, (1, 1, 1))],
+)
+def test_rotary_angles_by_hand(head_dim: int, grid: tuple[int, int, int]) -> None:
+    """Pair j turns by the place along axis j mod A, of the A with more than one place, times 100 ** -(j // A / pairs of it)."""
+    angles = rotary_angles(head_dim, grid)
+    assert angles.shape == (grid[0] * grid[1] * grid[2], head_dim)
+    assert angles.dtype == torch.float64
+    axes = [axis for axis in range(3) if grid[axis] > 1] or [2]
+    half = head_dim // 2
+    each = -(-half // len(axes))
+    expected = [
+        [place[axes[pair % len(axes)]] / 100 ** (pair // len(axes) / each) for pair in [*range(half), *range(half)]]
+        for place in np.ndindex(*grid)
+    ]
+    assert_close(angles, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    if grid[0] == 1 and len(axes) == 2:  # a picture: half of the pairs for rows and half for columns
+        moves_by_row = (angles.reshape(*grid, -1)[0, 1, 0, :half] != 0).sum()
+        assert moves_by_row == half // 2
+
+
+def test_time_is_rotated_alike_at_every_place() -> None:
+    """And the first frame of a clip not at all."""
+    clip = rotary_angles(12, (3, 4, 5)).reshape(3, 20, 12)
+    time = clip - clip[:1]
+    assert torch.equal(time, time[:, :1].expand_as(time))
+    assert (time[1:] != 0).any()
+    assert (clip[0, 0] == 0).all()
+
+
+def test_no_two_places_are_rotated_alike() -> None:
+    for grid in ((1, 16, 16), (8, 16, 16)):
+        angles = rotary_angles(64, grid)
+        table = torch.cat([angles.cos(), angles.sin()], dim=1)
+        distances = torch.cdist(table, table) + torch.eye(len(table)) * 10
+        assert distances.min() > 0.1

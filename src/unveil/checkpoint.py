@@ -16,22 +16,24 @@ from unveil import __version__
 from unveil.config import Recipe, recipe_from_dict, to_dict
 from unveil.model import MaskedDiffusionAutoencoder
 
-FORMAT = "unveil-1"
-WEIGHTS = "model.safetensors"
+FORMAT = "unveil-2"
+WEIGHTS, LAST = "model.safetensors", "last.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
     """What a weights file says of itself beside its recipe.
 
-    ema: whether the weights are the running average of training. data: what it was trained on, as given by the user.
+    ema_decay: of the running average that the weights are; None for weights as trained. data: what it was trained on, as
+    given by the user. classes: their names, of a model with classes.
     """
 
     step: int
     images_seen: int
-    ema: bool
+    ema_decay: float | None
     data: str
     command: str
+    classes: tuple[str, ...] = ()
     version: str = __version__
 
 
@@ -86,13 +88,18 @@ def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, .
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}). Is the file whole?") from None
+    if metadata.get("format") == "unveil-1":
+        raise ValueError(
+            f"{path} was written by Unveil 0.1, whose models had other parts. Train it again, or read it with that version."
+        )
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} does not describe itself as {FORMAT} (format={metadata.get('format')!r}), so its recipe is unknown."
         )
     try:
         recipe = recipe_from_dict(json.loads(metadata["recipe"]))
-        about = About(**json.loads(metadata["about"]))
+        described = json.loads(metadata["about"])
+        about = About(**{**described, "classes": tuple(described.get("classes", ()))})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a header that this version ({__version__}) cannot read: {error}") from None
     return recipe, about, shapes

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -10,7 +11,10 @@ from tqdm import tqdm
 
 from unveil import __version__
 from unveil.config import nearest
+from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
+from unveil.tasks.generate import Generate, generate
 from unveil.tasks.info import Info, info
 from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.pretrain import Pretrain, pretrain
@@ -19,16 +23,20 @@ from unveil.train import Progress
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[FinetuneGenerator, tyro.conf.subcommand("finetune-generator")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
-COMMANDS = ("pretrain", "inpaint", "probe", "evaluate", "info")
+COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "evaluate", "info", "convert")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
-Pre-train on unlabelled pictures, repaint with the model, probe its features. `unveil COMMAND --help` explains a command.
+Pre-train on unlabelled pictures, probe the model's features, repaint with it, teach it classes and generate.
+`unveil COMMAND --help` explains a command.
 --json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
 
@@ -59,31 +67,34 @@ def _counted(
     return with_bar
 
 
-def _with_bar(options: Pretrain) -> dict[str, Any]:
-    bar: tqdm[Any] | None = None
+def _training(run: Callable[[Any, Callable[[Progress], None]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """A command that trains, with a bar of its steps."""
 
-    def show(progress: Progress) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=progress.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
-        bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s", refresh=False)
-        bar.update(progress.step - bar.n)
+    def with_bar(options: Any) -> dict[str, Any]:
+        bar: tqdm[Any] | None = None
 
-    try:
-        return pretrain(options, show)
-    finally:
-        if bar is not None:
-            bar.close()
+        def show(progress: Progress) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = tqdm(total=progress.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
+            bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s", refresh=False)
+            bar.update(progress.step - bar.n)
+
+        try:
+            return run(options, show)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    return with_bar
 
 
-def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
+def _tell_training(result: dict[str, Any]) -> Iterator[str]:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     state = "Finished" if result["steps_now"] else "Finished before, so nothing was done"
     if not result["finished"]:
         state = "Interrupted and saved; the same command goes on from here"
     yield f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen{loss}."
-    if result["finished"] and result["num_steps"] < 500:
-        yield f"{result['num_steps']} steps are few: expect little but colours. Give more --epochs, or a smaller --batch-size."
     if result["skipped"]:
         yield f"Files that could not be used: {result['skipped']}."
     for note, count in result["converted"].items():
@@ -93,6 +104,39 @@ def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
     yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
 
 
+def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
+    outcome, *where = _tell_training(result)
+    yield outcome
+    if result["finished"] and result["num_steps"] < 500:
+        yield f"{result['num_steps']} steps are few: expect little but colours. Give more --epochs, or a smaller --batch-size."
+    yield from where
+
+
+def _tell_finetune_generator(result: dict[str, Any]) -> Iterator[str]:
+    if not result["resumed"]:
+        yield (
+            f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its; classes: "
+            f"{result['num_classes']}."
+        )
+        yield f"New, and drawn at random: {', '.join(result['fresh']) or 'nothing'}."
+        if result["dropped"]:
+            yield f"Left behind: {', '.join(result['dropped'])}."
+    yield from _tell_training(result)
+
+
+def _tell_generate(result: dict[str, Any]) -> Iterator[str]:
+    classes, guidance = result["classes"], result["guidance"]
+    of = "" if classes is None else f" of {len(classes)} class(es)"
+    guided = "" if guidance is None else f", {guidance['kind'].replace('_', ' ')} guidance {guidance['scale']:g}"
+    yield (
+        f"Made {result['num_samples']} sample(s){of} in {result['steps']} {result['sampler'].upper()} steps{guided}: "
+        f"{result['network_evaluations']} network evaluations each, {result['samples_per_second']:.1f} samples/s."
+    )
+    files = result["files"]
+    kept = [files[name] for name in ("grid", "npz", "labels") if name in files]
+    yield f"In {result['out']}: {', '.join(([str(files['samples']) + ' samples'] if files['samples'] else []) + kept)}."
+
+
 def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
     labels = "all" if result["labels_per_class"] is None else f"{result['labels_per_class']} of each class"
     classes = result["num_classes"]
@@ -100,9 +144,11 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples; "
         f"{classes} classes, so guessing gets about {100 / classes:.0f} %."
     )
-    yield f"{'features':<20}{'linear %':>10}{str(result['k']) + '-NN %':>10}"
+    titles = {"linear": "linear %", "knn": f"{result['k']}-NN %", "fewshot": "few-shot %"}
+    methods = list(result["results"]["encoder"])
+    yield f"{'features':<20}" + "".join(f"{titles[method]:>12}" for method in methods)
     for name, row in result["results"].items():
-        yield f"{name:<20}{row['linear']:>10.1f}{row['knn']:>10.1f}"
+        yield f"{name:<20}" + "".join(f"{row[method]:>12.1f}" for method in methods)
     if result["test_samples"] < 200:
         yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
 
@@ -123,26 +169,46 @@ def _tell_inpaint(result: dict[str, Any]) -> Iterator[str]:
     yield f"Repainted {len(result['pictures'])} picture(s) into {result['out']}; side by side in {result['sheet']}."
 
 
+def _tell_branch(branch: dict[str, Any]) -> str:
+    """One branch in words."""
+    share = "" if branch["share"] == 1 else f"{branch['share']:.0%} of the clips: "
+    terms = ", ".join(
+        f"{'' if term['weight'] == 1 else str(term['weight']) + ' '}{'patch-normalised ' if term['patch_norm'] else ''}"
+        f"{term['predict']} on {term['on']} tokens{' as a velocity' if term['space'] == 'v' else ''}"
+        for term in branch["terms"]
+    )
+    hidden = f"{branch['mask_ratio']:.1%}".replace(".0%", "%")
+    return f"{share}{hidden} hidden ({branch['masking']}), noise on {branch['noise_on']}, predicts {terms}"
+
+
+def _tell_classes(num_classes: int, names: Sequence[str]) -> str:
+    if not num_classes:
+        return "none"
+    return f"{num_classes}" + (f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else "")
+
+
 def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     recipe, about = result["recipe"], result["about"]
-    clip, branch = recipe["clip"], recipe["branch"]
+    clip = recipe["clip"]
     total = sum(result["parameters"].values())
     parts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     missing = result["missing_tensors"]
     lines = {
         "file": result["file"],
-        "recipe": f"{recipe['name']} {recipe['size']}, {branch['mask_ratio']:.0%} hidden ({branch['masking']}), "
-        f"noise on {branch['noise_on']}",
+        "recipe": f"{recipe['name']} {recipe['size']}",
+        "trains on": "; ".join(_tell_branch(branch) for branch in recipe["branches"]),
         "can": ", ".join(result["can"]),
         "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} pixels, "
         f"patches of {clip['tubelet_size']} x {clip['patch_size']} x {clip['patch_size']}",
-        "target": f"{branch['target']}, {'patch-normalised' if branch['patch_norm'] else 'raw'} values",
+        "classes": _tell_classes(recipe["condition"]["num_classes"], about["classes"]),
         "normalisation": f"mean {clip['mean']}, std {clip['std']}",
         "parameters": f"{total:,} ({parts})",
         "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for one masked clip, forward",
         "trained on": about["data"],
         "trained for": f"{about['step']:,} steps, {about['images_seen']:,} images",
-        "weights": "running average (EMA)" if about["ema"] else "as trained",
+        "weights": "as trained"
+        if about["ema_decay"] is None
+        else f"running average (EMA) of decay {about['ema_decay']:g}",
         "command": about["command"],
         "version": about["version"],
         "complete": "yes" if not missing else f"no, {len(missing)} tensors are missing, the first is {missing[0]!r}",
@@ -151,12 +217,26 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<15}{value}"
 
 
+def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
+    recipe = result["recipe"]
+    yield (
+        f"Wrote {result['out']}: {recipe['name']} {recipe['size']}, {result['parameters']:,} parameters, from "
+        f"{len(result['used'])} tensors of {result['kind'].upper()}'s names."
+    )
+    for reason, count in Counter(result["left"].values()).items():
+        yield f"Tensors left out: {count} ({reason})."
+    yield from result["notices"]
+
+
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
-    Pretrain: (_with_bar, _tell_pretrain),
+    Pretrain: (_training(pretrain), _tell_pretrain),
+    FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
+    Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
+    Convert: (convert, _tell_convert),
 }
 
 
@@ -178,8 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("unveil: interrupted")
         sys.exit(130)
+    if "rank" in result:  # one of several processes, of which the first speaks for all
+        return
     print("\n".join(tell(result)), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(result, allow_nan=False))
     if result.get("finished") is False:
         sys.exit(130)
+
+
+if __name__ == "__main__":  # `torchrun -m -- unveil.cli` needs a module
+    main()

@@ -14,10 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NoiseOn = Literal["none", "hidden", "visible"]
-Target = Literal["x0", "eps"]
+Predict = Literal["x0", "eps", "noisy", "variance"]
+Where = Literal["visible", "hidden"]
+Space = Literal["plain", "v"]
 Masking = Literal["random", "tube", "center"]
+ClassTokenInit = Literal["normal", "zeros"]
 DecoderKind = Literal["joint", "cross_self", "cross"]
-ScheduleKind = Literal["linear", "cosine"]
+Summary = Literal["tokens", "mean"]
+Norm = Literal["layer", "layer_fixed", "rms"]
+MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
+Positions = Literal["sincos", "learned", "rotary"]
+HeadInit = Literal["xavier", "normal", "zeros"]
+TimeKind = Literal["none", "add", "token", "adaln"]
+Trunk = Literal["plain", "wide"]
+ScheduleKind = Literal["linear", "cosine", "flow"]
+LrSchedule = Literal["cosine", "constant"]
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
@@ -104,22 +115,32 @@ def _check_width(owner: str, embed_dim: int, num_heads: int, depth: int) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A ViT with a class token over the tokens that it is given."""
+    """A ViT over the tokens that it is given.
+
+    num_class_tokens: tokens of its own that go along, without a position.
+    class_token_init: "zeros" starts them equal, and then nothing can ever tell several of them apart.
+    """
 
     embed_dim: int
     depth: int
     num_heads: int
+    num_class_tokens: int = 1
+    class_token_init: ClassTokenInit = "normal"
 
     def __post_init__(self) -> None:
+        check_choice("Encoder", "class_token_init", self.class_token_init, ClassTokenInit)
         _check_width("Encoder", self.embed_dim, self.num_heads, self.depth)
+        if self.num_class_tokens < 0:
+            raise ValueError(f"Encoder has num_class_tokens={self.num_class_tokens}; it is a count, at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What predicts the hidden tokens from the encoder's output.
+    """What predicts tokens from the encoder's output.
 
     taps: which encoder blocks the decoder's blocks read, counted from 1, deepest first. `joint` reads the last only;
         `cross` and `cross_self` have one for each decoder block.
+    summary: how the class tokens enter a joint decoder: as "tokens" of their own, or their "mean" as one.
     """
 
     kind: DecoderKind
@@ -127,9 +148,11 @@ class Decoder:
     depth: int
     num_heads: int
     taps: tuple[int, ...]
+    summary: Summary = "tokens"
 
     def __post_init__(self) -> None:
         check_choice("Decoder", "kind", self.kind, DecoderKind)
+        check_choice("Decoder", "summary", self.summary, Summary)
         _check_width("Decoder", self.embed_dim, self.num_heads, self.depth)
         wanted = 1 if self.kind == "joint" else self.depth
         if len(self.taps) != wanted:
@@ -138,11 +161,75 @@ class Decoder:
             )
         if list(self.taps) != sorted(self.taps, reverse=True):
             raise ValueError(f"Decoder has taps={self.taps}; write them deepest first.")
+        if self.summary == "mean" and self.kind != "joint":
+            raise ValueError(
+                f"Decoder has summary='mean' with kind={self.kind!r}, which reads the encoder's tokens as they are. "
+                "Use summary='tokens', or kind='joint'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """How every block is built, in encoder and decoder alike.
+
+    norm: LayerNorm, LayerNorm without parameters, or RMSNorm.
+    qk_norm: normalise queries and keys of every head.
+    positions: fixed sin-cos, learned, or sin-cos at the input and a rotation of queries and keys in every block.
+    head_init: of the Linear maps that make the predictions.
+    """
+
+    norm: Norm = "layer"
+    mlp: MlpKind = "gelu"
+    qk_norm: bool = False
+    positions: Positions = "sincos"
+    head_init: HeadInit = "xavier"
+
+    def __post_init__(self) -> None:
+        check_choice("Network", "norm", self.norm, Norm)
+        check_choice("Network", "mlp", self.mlp, MlpKind)
+        check_choice("Network", "positions", self.positions, Positions)
+        check_choice("Network", "head_init", self.head_init, HeadInit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """How the network is told the time, and the class if it has classes.
+
+    time: not at all; added to the tokens once; as one more token in every block; or by shifting, scaling and gating
+        every block (adaLN-zero).
+    trunk: "plain", a sinusoid of 256 and one hidden layer of the width, classes by a table (DiT); "wide", a sinusoid of
+        the width and a hidden layer of twice the width, the same again behind the table of classes (UMD).
+    num_classes: 0 for a model without classes. One more row stands for "no class".
+    label_tokens, label_tokens_from: with classes, this many tokens that carry the class join the encoder at that block,
+        counted from 1.
+    """
+
+    time: TimeKind = "none"
+    trunk: Trunk = "plain"
+    num_classes: int = 0
+    label_tokens: int = 0
+    label_tokens_from: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("Condition", "time", self.time, TimeKind)
+        check_choice("Condition", "trunk", self.trunk, Trunk)
+        if self.num_classes < 0 or self.label_tokens < 0:
+            raise ValueError(
+                f"Condition has num_classes={self.num_classes} and label_tokens={self.label_tokens}; both are counts."
+            )
+        if self.num_classes and self.time == "none":
+            raise ValueError(
+                f"Condition has num_classes={self.num_classes} with time='none', so a class could not enter. "
+                "Use time='add', 'token' or 'adaln'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How fast a clip turns into noise over 1,000 steps; every beta is raised to the power rho."""
+    """How fast a clip turns into noise.
+
+    linear, cosine: 1,000 steps whose betas are raised to the power rho. flow: a straight line from clip to noise.
+    """
 
     kind: ScheduleKind
     rho: float = 1.0
@@ -153,45 +240,64 @@ class Schedule:
             raise ValueError(
                 f"Schedule has rho={self.rho}; it must be above 0 (where every step is pure noise) and at most 2."
             )
+        if self.kind == "flow" and self.rho != 1:
+            raise ValueError(f"Schedule has rho={self.rho} with kind='flow', which has no betas. Use rho=1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One thing that is predicted: what, for which tokens, and how much it counts.
+
+    predict: "x0", clean values; "eps", the noise; "noisy", the values x_t that a hidden token would have shown;
+        "variance", the sampler's own, trained by the bound of Nichol & Dhariwal 2021.
+    patch_norm: score after normalising each patch by its own mean and standard deviation.
+    space: "v" measures an x0 as the velocity it implies, which weighs it by 1 / max(sigma, 0.05)^2.
+    """
+
+    predict: Predict
+    on: Where
+    weight: float = 1.0
+    patch_norm: bool = False
+    space: Space = "plain"
+
+    def __post_init__(self) -> None:
+        check_choice("Term", "predict", self.predict, Predict)
+        check_choice("Term", "on", self.on, Where)
+        check_choice("Term", "space", self.space, Space)
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"Term has weight={self.weight}; it must be a number above 0.")
+        if self.patch_norm and self.predict not in ("x0", "noisy"):
+            raise ValueError(f"Term has patch_norm=True with predict={self.predict!r}; only values of a clip have it.")
+        if self.space == "v" and self.predict != "x0":
+            raise ValueError(f"Term has space='v' with predict={self.predict!r}. Use predict='x0', or space='plain'.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """What is hidden, who carries the noise, and what is predicted.
+    """A share of the clips: what is hidden, who carries the noise, and what is predicted.
 
+    share: of the clips of every batch, in (0, 1].
     mask_ratio: share of the tokens that is hidden, in [0, 1].
     noise_on: "none", the hidden tokens become mask tokens (MAE); "hidden", the decoder is handed the noisy hidden
-        tokens (DiffMAE); "visible", the encoder sees noisy tokens.
-    target: what is predicted for every scored token: clean values or the noise.
-    patch_norm: score x0 after normalising each patch by its own mean and standard deviation.
+        tokens (DiffMAE); "visible", the encoder sees noisy tokens, and the hidden ones become mask tokens (DiT, UMD).
     """
 
+    share: float = 1.0
     mask_ratio: float
     masking: Masking = "random"
     noise_on: NoiseOn
-    target: Target = "x0"
-    patch_norm: bool = False
+    terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
         check_choice("Branch", "masking", self.masking, Masking)
         check_choice("Branch", "noise_on", self.noise_on, NoiseOn)
-        check_choice("Branch", "target", self.target, Target)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"Branch has share={self.share}; it is a share of the clips, above 0 and at most 1.")
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"Branch has mask_ratio={self.mask_ratio}; it is a share, between 0 and 1.")
-        if self.target == "eps" and self.noise_on == "none":
-            raise ValueError(
-                "Branch has target='eps' but noise_on='none': there is no noise to predict. Use target='x0'."
-            )
-        if self.patch_norm and self.noise_on != "none":
-            raise ValueError(
-                f"Branch has patch_norm=True with noise_on={self.noise_on!r}: a patch-normalised prediction cannot be put "
-                "back at a noise level, so it could not be sampled. Use patch_norm=False."
-            )
-        if self.noise_on == "visible" and self.mask_ratio > 0:
-            raise ValueError(
-                f"Branch has noise_on='visible' with mask_ratio={self.mask_ratio}: only mask_ratio=0 is defined, where the "
-                "encoder sees every token with noise. Use noise_on='hidden' to hide some."
-            )
+        keys = [(term.predict, term.on) for term in self.terms]
+        if not keys or len(set(keys)) < len(keys):
+            raise ValueError(f"Branch has the terms {keys}; give at least one, and none twice.")
         if self.noise_on == "none" and self.mask_ratio == 1:
             raise ValueError(
                 "Branch has mask_ratio=1 with noise_on='none': with nothing visible and no noise, every prediction would be "
@@ -202,24 +308,62 @@ class Branch:
                 f"Branch has mask_ratio=0 with noise_on={self.noise_on!r}: nothing would be hidden, so nothing predicted. "
                 "Use mask_ratio > 0, or noise_on='visible'."
             )
+        if self.noise_on == "visible" and self.mask_ratio == 1:
+            raise ValueError(
+                "Branch has mask_ratio=1 with noise_on='visible': no token is left to carry the noise. Use mask_ratio < 1."
+            )
+        for term in self.terms:
+            self._check(term)
+
+    def _check(self, term: Term) -> None:
+        what = f"Branch predicts {term.predict!r} on {term.on} tokens with noise_on={self.noise_on!r}"
+        if term.on == "hidden" and self.mask_ratio == 0:
+            raise ValueError(f"{what} and mask_ratio=0: nothing is hidden. Use on='visible', or mask_ratio > 0.")
+        if term.on == "visible" and self.noise_on != "visible":
+            raise ValueError(f"{what}: the encoder sees these tokens as they are. Use on='hidden'.")
+        carries = term.on == self.noise_on
+        if (term.predict in ("eps", "variance") or term.space == "v") and not carries:
+            raise ValueError(f"{what}: there is no noise on them to predict or to measure by. Use predict='x0'.")
+        if term.predict == "noisy" and (carries or self.noise_on != "visible"):
+            raise ValueError(
+                f"{what}: noisy values are a target for hidden tokens of a clip whose visible ones carry noise."
+            )
+        if term.predict == "variance" and "eps" not in {other.predict for other in self.terms}:
+            raise ValueError(f"{what}, but not 'eps', whose error the variance describes. Add that term.")
+        if term.patch_norm and term.predict == "x0" and self.noise_on != "none":
+            raise ValueError(
+                f"{what} and patch_norm=True: a patch-normalised prediction cannot be put back at a noise level, so it could "
+                "not be sampled. Use patch_norm=False."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """The optimiser's numbers. lr = base_lr * batch_size / 256; epochs may be cut short by hand at any time.
 
+    beta2, weight_decay: of AdamW; beta1 is 0.9. decay_norms: whether the scales of norms decay like matrices.
+    grad_clip: largest norm of the gradient; None for no limit.
     crop_scale: smallest share of a picture's area that a random crop keeps; 1 means the whole picture, uncropped.
+    label_dropout: share of the labels that is replaced by "no class", which is what guidance needs.
+    ema_decays: running averages of the weights that are kept; the first is what is saved for use.
     """
 
     epochs: int
     batch_size: int
     base_lr: float
     warmup_epochs: float
+    lr_schedule: LrSchedule = "cosine"
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    decay_norms: bool = False
+    grad_clip: float | None = None
     crop_scale: float = 0.2
     flip: bool = True
-    ema_decay: float = 0.9999
+    label_dropout: float = 0.0
+    ema_decays: tuple[float, ...] = (0.9999,)
 
     def __post_init__(self) -> None:
+        check_choice("Training", "lr_schedule", self.lr_schedule, LrSchedule)
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(
                 f"Training has epochs={self.epochs} and batch_size={self.batch_size}; both must be at least 1."
@@ -230,8 +374,17 @@ class Training:
             raise ValueError(
                 f"Training has crop_scale={self.crop_scale}; it is a share of the area, above 0 and at most 1."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"Training has ema_decay={self.ema_decay}; it must be at least 0 and below 1.")
+        for name in ("beta2", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Training has {name}={getattr(self, name)}; it must be at least 0 and below 1.")
+        if not all(0 <= decay < 1 for decay in self.ema_decays) or len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(
+                f"Training has ema_decays={self.ema_decays}; each must be at least 0 and below 1, and none come twice."
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"Training has weight_decay={self.weight_decay}; it must be a number, at least 0.")
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
+            raise ValueError(f"Training has grad_clip={self.grad_clip}; it must be a number above 0, or None.")
         if not 0 <= self.warmup_epochs < math.inf:
             raise ValueError(f"Training has warmup_epochs={self.warmup_epochs}; it must be a number, at least 0.")
 
@@ -249,34 +402,146 @@ class Recipe:
     clip: Clip
     encoder: Encoder
     decoder: Decoder | None
-    branch: Branch
+    network: Network = Network()
+    condition: Condition
+    branches: tuple[Branch, ...]
     schedule: Schedule | None
     training: Training = field(repr=False)
 
     def __post_init__(self) -> None:
-        if (self.schedule is None) != (self.branch.noise_on == "none"):
+        if not self.branches or abs(sum(branch.share for branch in self.branches) - 1) > 1e-6:
             raise ValueError(
-                f"Recipe {self.name!r} has noise_on={self.branch.noise_on!r} and schedule={self.schedule}: "
+                f"Recipe {self.name!r} has branches of the shares {[b.share for b in self.branches]}; they must sum to 1."
+            )
+        noisy = {branch.noise_on for branch in self.branches} - {"none"}
+        if len(noisy) > 1:
+            raise ValueError(
+                f"Recipe {self.name!r} has noise on hidden tokens in one branch and on visible ones in another, so a sampler "
+                "could not know which to put it on. Use one of the two."
+            )
+        if (self.schedule is None) != (not noisy):
+            raise ValueError(
+                f"Recipe {self.name!r} has noise_on={[b.noise_on for b in self.branches]} and schedule={self.schedule}: "
                 "a schedule belongs to a recipe with noise, and only to one."
             )
+        if len({branch.noise_on for branch in self.branches}) < len(self.branches):
+            raise ValueError(
+                f"Recipe {self.name!r} has noise_on={[b.noise_on for b in self.branches]}: two branches with the same noise "
+                "could not be told apart. Give them as one."
+            )
+        if noisy and self.condition.time == "none":
+            raise ValueError(f"Recipe {self.name!r} has noise but time='none'. Use time='add', 'token' or 'adaln'.")
+        if not noisy and self.condition.time == "add":
+            raise ValueError(
+                f"Recipe {self.name!r} has time='add' but no noise, so there is no time to add. Use time='none', or 'token' or "
+                "'adaln', whose blocks are then told that everything is clean."
+            )
+        if noisy == {"hidden"} and self.condition.time in ("token", "adaln"):
+            raise ValueError(
+                f"Recipe {self.name!r} has time={self.condition.time!r} with noise on hidden tokens: its encoder runs once for "
+                "all times, so it cannot be told one. Use time='add'."
+            )
+        if not noisy and self.condition.num_classes:
+            raise ValueError(
+                f"Recipe {self.name!r} has num_classes={self.condition.num_classes}, but no noise: clean clips are never "
+                "labelled, so the classes would not be learned. Use num_classes=0."
+            )
+        if self.condition.label_tokens and not self.time_in_encoder:
+            raise ValueError(
+                f"Recipe {self.name!r} has label_tokens={self.condition.label_tokens}, but an encoder that is not told the "
+                "class. Use label_tokens=0."
+            )
+        if self.schedule is not None and self.schedule.kind == "flow" and "variance" in self.heads:
+            raise ValueError(
+                f"Recipe {self.name!r} predicts 'variance' on a flow, whose steps have none. Use kind='linear' or 'cosine', or "
+                "leave that term out."
+            )
+        if self.condition.label_tokens_from not in range(1, self.encoder.depth + 1):
+            raise ValueError(
+                f"Recipe {self.name!r} has label_tokens_from={self.condition.label_tokens_from} of {self.encoder.depth} "
+                f"encoder blocks. Use 1 to {self.encoder.depth}."
+            )
+        if self.network.positions == "rotary" and any(
+            part.embed_dim // part.num_heads % 4 for part in (self.encoder, self.decoder) if part
+        ):
+            raise ValueError(
+                f"Recipe {self.name!r} has positions='rotary', which needs a multiple of 4 values in each head. "
+                "Use another width or number of heads."
+            )
         if self.decoder is None:
-            if self.branch.mask_ratio > 0:
-                hidden = round(self.clip.num_tokens * self.branch.mask_ratio)
+            hides = max(branch.mask_ratio for branch in self.branches)
+            if hides > 0:
                 raise ValueError(
                     f"Recipe {self.name!r} has decoder=None, which returns encoder tokens only, so it cannot predict the "
-                    f"{hidden} hidden of {self.clip.num_tokens} tokens. Use mask_ratio=0 or a decoder."
+                    f"{round(self.clip.num_tokens * hides)} hidden of {self.clip.num_tokens} tokens. Use mask_ratio=0 or a "
+                    "decoder."
                 )
             return
-        if self.branch.mask_ratio == 0:
+        self._check_decoder(self.decoder)
+
+    def _check_decoder(self, decoder: Decoder) -> None:
+        if decoder.taps[0] != self.encoder.depth or decoder.taps[-1] < 1:
             raise ValueError(
-                f"Recipe {self.name!r} hides nothing, so a decoder has nothing to predict. Use decoder=None."
-            )
-        taps = self.decoder.taps
-        if taps[0] != self.encoder.depth or taps[-1] < 1:
-            raise ValueError(
-                f"Recipe {self.name!r} has taps={taps} of an encoder of {self.encoder.depth} blocks: the first must be "
+                f"Recipe {self.name!r} has taps={decoder.taps} of an encoder of {self.encoder.depth} blocks: the first must be "
                 f"{self.encoder.depth}, so that the whole encoder is trained, and none may be below 1."
             )
+        if decoder.summary == "mean" and not self.encoder.num_class_tokens:
+            raise ValueError(
+                f"Recipe {self.name!r} has summary='mean', but its encoder has no class tokens to take the mean of. "
+                "Use summary='tokens'."
+            )
+        time = self.condition.time
+        if decoder.kind != "joint":
+            plain = dataclasses.replace(self.network, positions="sincos", head_init="xavier") == Network()
+            if not plain or self.network.positions == "rotary" or time in ("token", "adaln"):
+                raise ValueError(
+                    f"Recipe {self.name!r} has kind={decoder.kind!r} with time={time!r} and {self.network}: decoders that "
+                    "cross are built of plain ViT blocks. Use kind='joint', or time='add' and the default network."
+                )
+            if any(branch.noise_on == "visible" for branch in self.branches):
+                raise ValueError(
+                    f"Recipe {self.name!r} has kind={decoder.kind!r} with noise_on='visible': decoders that cross return "
+                    "hidden tokens only. Use kind='joint'."
+                )
+        shared = time == "token" or (time == "add" and self.time_in_encoder)
+        if shared and decoder.embed_dim != self.encoder.embed_dim:
+            raise ValueError(
+                f"Recipe {self.name!r} has time={time!r} in an encoder of embed_dim={self.encoder.embed_dim} and a decoder of "
+                f"{decoder.embed_dim}; the time has one width. Use equal widths, or time='adaln'."
+            )
+
+    @property
+    def noise_on(self) -> NoiseOn:
+        """Who carries the noise, in the branches that have any."""
+        carriers: list[NoiseOn] = [branch.noise_on for branch in self.branches if branch.noise_on != "none"]
+        return carriers[0] if carriers else "none"
+
+    @property
+    def time_in_encoder(self) -> bool:
+        """Whether the encoder is told the time: if it can be given noise, or if every block is told."""
+        return self.condition.time in ("token", "adaln") or self.noise_on == "visible"
+
+    @property
+    def heads(self) -> tuple[Predict, ...]:
+        """What is predicted by any branch, in a fixed order."""
+        used = {term.predict for branch in self.branches for term in branch.terms}
+        return tuple(word for word in typing.get_args(Predict) if word in used)
+
+    @property
+    def samplers_heads(self) -> tuple[Predict, ...]:
+        """The predictions that a sampler can go by, the usual one first: made for tokens that carry noise."""
+        terms = [term for branch in self.branches for term in branch.terms if term.on == branch.noise_on]
+        return tuple(dict.fromkeys(term.predict for term in terms if term.predict in ("x0", "eps")))
+
+    def branch_on(self, noise_on: NoiseOn) -> Branch | None:
+        """The branch with that noise, if there is one."""
+        return next((branch for branch in self.branches if branch.noise_on == noise_on), None)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether hidden tokens of a clean clip are predicted in one step, as pixels."""
+        branch = self.branch_on("none")
+        return branch is not None and any(t.predict == "x0" and not t.patch_norm for t in branch.terms)
 
 
 def to_dict(section: Any) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from unveil.config import Recipe
+from unveil.config import Branch, Condition, Network, Recipe
+from unveil.layers import FREQUENCY_DIM, swiglu_dim
 from unveil.masking import draw_mask
-
-FREQUENCY_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -28,38 +27,76 @@ class Cost:
         return 6 * self.forward
 
 
-def _mlp(length: int, width: int) -> int:
-    return 2 * length * width * 4 * width
+def _blocks(depth: int, length: int, width: int, network: Network, told: Condition, cond_dim: int) -> int:
+    """Multiply-adds of plain blocks over this many tokens, with what the condition adds to each."""
+    adaln = 6 * cond_dim * width if told.time == "adaln" else 0
+    length += told.time == "token"
+    hidden = swiglu_dim(width) if network.mlp == "swiglu" else 4 * width
+    mlp = (3 if network.mlp == "swiglu" else 2) * length * width * hidden
+    return depth * (_self_attention(length, width) + mlp + adaln)
 
 
 def _self_attention(length: int, width: int) -> int:
     return 4 * length * width**2 + 2 * length**2 * width
 
 
-def masked_step(recipe: Recipe) -> Cost:
-    """Multiply-adds of the forward pass of one clip of a training step; norms, softmax and GELU are not counted."""
-    branch = recipe.branch
+def _condition(told: Condition, width: int, labelled: bool) -> int:
+    """Of one clip's time and class; a class goes through a trunk of its own only if the trunk is wide."""
+    if told.time == "none":
+        return 0
+    if told.trunk == "plain":
+        return FREQUENCY_DIM * width + width**2
+    return (2 if labelled else 1) * 4 * width**2
+
+
+def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
+    """Of one clip of one branch."""
     mask = draw_mask(branch.masking, [torch.Generator()], recipe.clip.grid, branch.mask_ratio)
     V, M, P = mask.visible.shape[1], mask.hidden.shape[1], recipe.clip.token_dim
-    e, d = recipe.encoder, recipe.decoder
-
-    def time_embedding(width: int) -> int:
-        return FREQUENCY_DIM * width + width**2
-
-    embed = V * P * e.embed_dim
-    encoder = e.depth * (_self_attention(V + 1, e.embed_dim) + _mlp(V + 1, e.embed_dim))
+    e, d, network, told = recipe.encoder, recipe.decoder, recipe.network, recipe.condition
+    R = e.num_class_tokens
+    cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
+    adaln = told.time == "adaln"
+    labelled = told.num_classes > 0
+    embed = V * P * e.embed_dim + _condition(told, cond_dim, labelled)
+    in_encoder = told if recipe.time_in_encoder else Condition()
+    joined = told.label_tokens if labelled else 0
+    before = told.label_tokens_from - 1 if joined else 0
+    encoder = _blocks(before, R + V, e.embed_dim, network, in_encoder, cond_dim)
+    encoder += _blocks(e.depth - before, R + V + joined, e.embed_dim, network, in_encoder, cond_dim)
+    if joined and told.trunk == "wide":
+        embed += 4 * cond_dim**2  # the class once more, for its tokens
+    scored = sum({"visible": V, "hidden": M}[where] for where in {term.on for term in branch.terms})
+    D = d.embed_dim if d else e.embed_dim
+    head = len(recipe.heads) * scored * D * P
+    if adaln:  # its modulation is made anew for visible and for hidden tokens
+        head += len({term.on for term in branch.terms}) * 2 * cond_dim * D
     if d is None:
-        return Cost(embed + time_embedding(e.embed_dim), encoder, V * e.embed_dim * P)
-    D = d.embed_dim
-    decoder = M * D * P  # the head
-    if recipe.branch.noise_on == "hidden":
-        embed += M * P * D + time_embedding(D)
+        return Cost(embed, encoder, head)
+    decoder = head
+    if branch.noise_on == "hidden":
+        embed += M * P * D
     if d.kind == "joint":
-        # the head reads hidden tokens only, the blocks run on all of them
-        L = V + 1 + M
-        decoder += (V + 1) * e.embed_dim * D + d.depth * (_self_attention(L, D) + _mlp(L, D))
+        if e.embed_dim != D:
+            decoder += (R + V) * e.embed_dim * D + (2 * cond_dim * e.embed_dim if adaln else 0)
+        summary = 1 if d.summary == "mean" else R
+        decoder += _blocks(d.depth, summary + V + M, D, network, told, cond_dim)
     else:
-        cross = 2 * M * D**2 + 2 * (V + 1) * e.embed_dim * D + 2 * M * (V + 1) * D
+        cross = 2 * M * D**2 + 2 * (R + V) * e.embed_dim * D + 2 * M * (R + V) * D
         inner = _self_attention(M, D) if d.kind == "cross_self" else 0
-        decoder += d.depth * (cross + inner + _mlp(M, D))
+        decoder += d.depth * (cross + inner + 8 * M * D**2)
     return Cost(embed, encoder, decoder)
+
+
+def masked_step(recipe: Recipe) -> Cost:
+    """Multiply-adds of the forward pass of one clip of a training step, the mean over branches by their shares.
+
+    Norms, softmax and activations are not counted.
+    """
+    costs = [(branch.share, branch_cost(recipe, branch)) for branch in recipe.branches]
+    return Cost(
+        *(
+            round(sum(share * getattr(cost, stage) for share, cost in costs))
+            for stage in ("embed", "encoder", "decoder")
+        )
+    )

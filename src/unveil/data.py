@@ -154,17 +154,27 @@ class Order(Sampler[list[tuple[int, int]]]):
         self.num_samples, self.batch_size, self.epoch, self.seed = num_samples, batch_size, epoch, seed
         self.shuffle = shuffle
         self.first_batch = 0
+        self._places: tuple[int, Tensor] | None = None
         self.drop_last = drop_last and num_samples >= batch_size
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_samples)
+        return torch.randperm(self.num_samples, generator=draws.generator(self.seed, epoch, "order"))
+
+    def places(self, epoch: int) -> Tensor:
+        """Where each sample stands in an epoch's order, (num_samples,)."""
+        if self._places is None or self._places[0] != epoch:
+            self._places = (epoch, self._order(epoch).argsort())
+        return self._places[1]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        order = list(range(self.num_samples))
-        if self.shuffle:
-            order = torch.randperm(self.num_samples, generator=draws.generator(self.seed, epoch, "order")).tolist()
+        order = self._order(epoch).tolist()
         for batch in range(self.first_batch, len(self)):
             yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 

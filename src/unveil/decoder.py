@@ -1,35 +1,49 @@
-"""Decoders: from the encoder's memory and the hidden tokens' noisy values to a prediction for each hidden token.
+"""Decoders: from the encoder's memory, and the hidden tokens' noisy values if they carry noise, to a vector for each token.
 
     joint       visible and hidden tokens together through ordinary blocks; reads the encoder's last output (MAE's)
     cross       hidden tokens read the memory; they never see each other
     cross_self  the same, and then attend to each other
 
 `cross` and `cross_self` are connected top-down: their first block reads the deepest tap of the encoder. Every tap has a
-LayerNorm of its own; the last block's is the encoder's final one. Time is added to the hidden tokens at the input.
+LayerNorm of its own; the last block's is the encoder's final one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from unveil.layers import Block, CrossBlock, TimeEmbedding, init_weights, layer_norm
-from unveil.tokens import Grid, sincos_positions
+from unveil.layers import Block, CrossBlock, PositionTable, init_weights, modulate, norm_layer, run_block, zero_linear
+from unveil.tokens import Grid
 
-Context = list[Tensor] | list[tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Context:
+    """What a decoder keeps of the visible tokens.
+
+    visible: where they stand, (B, V). known: the tokens of a joint decoder, (B, S + V, D), S of them a summary.
+    keys_values: for each block of a decoder that crosses.
+    """
+
+    visible: Tensor
+    known: Tensor | None
+    keys_values: list[tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):
-    """Predicts the hidden tokens.
+    """Works out the hidden tokens, and in a joint decoder the visible ones as well.
 
     Args:
         kind: "joint", "cross" or "cross_self".
         memory_dim: width of the encoder.
-        noisy: whether the hidden tokens' noisy values and their time come in; otherwise they are mask tokens.
         num_taps: memories that `prepare` will be given; the first is normalised already.
+        noisy: whether some branch hands over the hidden tokens' noisy values.
+        masked: whether some branch puts mask tokens in their place.
+        num_class_tokens, summary: those of the encoder, and how they enter a joint decoder: "tokens" or "mean".
+        norm, mlp, qk_norm, positions, time: as in `unveil.config`.
+        cond_dim: width of the condition.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -43,73 +57,95 @@ class Decoder(nn.Module):
         num_heads: int,
         num_taps: int,
         noisy: bool,
+        masked: bool,
+        num_class_tokens: int = 1,
+        summary: str = "tokens",
+        norm: str = "layer",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        positions: str = "sincos",
+        time: str = "none",
+        cond_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.kind = kind
-        self.mask_token = None if noisy else nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.noisy_embed = nn.Linear(token_dim, embed_dim) if noisy else None
-        self.time_embed = TimeEmbedding(embed_dim) if noisy else None
+        self.kind, self.time, self.summary, self.num_class_tokens = kind, time, summary, num_class_tokens
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if masked else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.noisy_embed = nn.Linear(token_dim, embed_dim).apply(init_weights) if noisy else None
+        self.embed = self.embed_modulation = None
         if kind == "joint":
-            self.embed = nn.Linear(memory_dim, embed_dim)
-            self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+            adaln = cond_dim if time == "adaln" else None
+            if embed_dim != memory_dim:
+                self.embed = nn.Linear(memory_dim, embed_dim).apply(init_weights)
+                self.embed_modulation = zero_linear(adaln, 2 * memory_dim) if adaln else None
+            self.blocks = nn.ModuleList(
+                Block(embed_dim, num_heads, norm=norm, mlp=mlp, qk_norm=qk_norm, cond_dim=adaln) for _ in range(depth)
+            )
         else:
-            self.tap_norms = nn.ModuleList(nn.Identity() if i == 0 else layer_norm(memory_dim) for i in range(num_taps))
+            self.tap_norms = nn.ModuleList(
+                nn.Identity() if i == 0 else norm_layer("layer", memory_dim) for i in range(num_taps)
+            )
             self.blocks = nn.ModuleList(
                 CrossBlock(embed_dim, memory_dim, num_heads, self_attention=kind == "cross_self") for _ in range(depth)
             )
-        self.norm = layer_norm(embed_dim)
-        self.pred = nn.Linear(embed_dim, token_dim)
-        self.register_buffer("pos_embed", sincos_positions(embed_dim, grid), persistent=False)
-        self.apply(init_weights)
-        if self.mask_token is not None:
-            nn.init.normal_(self.mask_token, std=0.02)
-        if self.time_embed is not None:
-            self.time_embed.init_weights()
+        self.positions = PositionTable(positions, embed_dim, num_heads, grid)
 
-    def prepare(self, memory: Sequence[Tensor], visible: Tensor) -> Context:
-        """All that depends on the visible tokens alone, so that a sampler computes it once.
+    def prepare(self, memory: Sequence[Tensor], visible: Tensor, cond: Tensor | None = None) -> Context:
+        """All that depends on the visible tokens alone (and under adaLN on the condition), so that a sampler computes it once.
 
         Args:
-            memory: one (B, 1 + V, memory_dim) for each tap, deepest first.
+            memory: one (B, R + V, memory_dim) for each tap, deepest first.
             visible: (B, V).
-
-        Returns:
-            Keys and values for each block, or for `joint` the embedded visible tokens.
         """
         if self.kind == "joint":
-            x = self.embed(memory[0])
-            return [torch.cat([x[:, :1], x[:, 1:] + self.pos_embed[visible]], dim=1)]
-        context = []
+            x = memory[0]
+            if self.embed_modulation is not None:
+                x = modulate(x, *self.embed_modulation(cond).chunk(2, dim=-1))
+            if self.embed is not None:
+                x = self.embed(x)
+            summary, x = x[:, : self.num_class_tokens], x[:, self.num_class_tokens :]
+            if self.summary == "mean":
+                summary = summary.mean(1, keepdim=True)
+            return Context(visible, torch.cat([summary, x + self.positions(visible)], dim=1), [])
+        keys_values = []
         for block, norm, tap in zip(self.blocks, self.tap_norms, memory, strict=True):
             assert isinstance(block, CrossBlock)
-            context.append(block.cross_attn.keys_values(norm(tap)))
-        return context
+            keys_values.append(block.cross_attn.keys_values(norm(tap)))
+        return Context(visible, None, keys_values)
 
-    def forward(self, context: Context, hidden: Tensor, x_t: Tensor | None, t: Tensor | None) -> Tensor:
-        """Predict every hidden token.
+    def forward(
+        self, context: Context, hidden: Tensor, x_t: Tensor | None = None, cond: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Work out every token.
 
         Args:
             context: what `prepare` returned.
-            hidden: where the hidden tokens stand, (B, M).
-            x_t: their noisy values, (B, M, P), and t: its time, (B,); None for mask tokens.
+            hidden: where the hidden tokens stand, (B, M); M may be 0 in a joint decoder.
+            x_t: their noisy values, (B, M, P), or None for mask tokens.
+            cond: time and class, (B, cond_dim).
 
         Returns:
-            (B, M, P).
+            Visible tokens (B, V, D), or None from decoders that cross; hidden tokens (B, M, D). Before the head.
         """
-        x = self.pos_embed[hidden]  # (B, M, D)
-        if self.mask_token is not None:
+        x = self.positions(hidden)  # (B, M, D)
+        if x_t is None:
+            assert self.mask_token is not None
             x = x + self.mask_token
         else:
-            assert self.noisy_embed is not None and self.time_embed is not None and x_t is not None and t is not None
-            x = x + self.noisy_embed(x_t) + self.time_embed(t)[:, None]
-        if self.kind == "joint":
-            known = context[0]
-            assert isinstance(known, Tensor)
-            x = torch.cat([known, x], dim=1)
-            for block in self.blocks:
-                x = block(x)
-            x = x[:, known.shape[1] :]
-        else:
-            for block, keys_values in zip(self.blocks, context, strict=True):
+            assert self.noisy_embed is not None
+            x = x + self.noisy_embed(x_t)
+            if self.time == "add":
+                assert cond is not None
+                x = x + cond[:, None]
+        if context.known is None:
+            for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
                 x = block(x, keys_values)
-        return self.pred(self.norm(x))
+            return None, x
+        num_visible = context.visible.shape[1]
+        num_known = context.known.shape[1]
+        rotation = self.positions.rotation(torch.cat([context.visible, hidden], dim=1), num_known - num_visible)
+        x = torch.cat([context.known, x], dim=1)
+        for block in self.blocks:
+            x = run_block(block, x, cond, self.time == "token", rotation)
+        return x[:, num_known - num_visible : num_known], x[:, num_known:]

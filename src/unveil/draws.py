@@ -4,7 +4,9 @@ Not on the batch that a sample is in, the worker that reads it, the process, or 
 """
 
 import hashlib
+import math
 import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -24,3 +26,27 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
     """A fresh CPU generator for one draw, seeded with `key(seed, *parts)`."""
     # torch's CPU generator keeps the low 32 bits of a seed: among millions of keys a few will share a stream by chance.
     return torch.Generator().manual_seed(key(seed, *parts))
+
+
+def deal(place: int, shares: Sequence[float]) -> int:
+    """Who gets the sample at this place of an epoch's order, so that every stretch of the order is dealt out by the shares.
+
+    Of two parties, n places in a row give each share * n samples, to less than one whole sample; exactly where that is a
+    whole number. Of more, to less than two. It needs no count of what came before, so a batch, a process or a resumed run
+    changes nothing.
+
+    Args:
+        place: 0, 1, ... in the epoch's order.
+        shares: of each party; they sum to 1.
+
+    Returns:
+        The party's number.
+    """
+    left = 1.0
+    for party, share in enumerate(shares[:-1]):
+        part = share / left
+        taken = math.floor(place * part + 1e-9)  # so that 0.05 * 20 counts as 1
+        if math.floor((place + 1) * part + 1e-9) > taken:
+            return party
+        place, left = place - taken, left - share
+    return len(shares) - 1

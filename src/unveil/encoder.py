@@ -1,12 +1,12 @@
-"""The encoder: a ViT with a class token over the visible tokens only."""
+"""The encoder: a ViT over the visible tokens only."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from unveil.layers import Block, TimeEmbedding, init_weights, layer_norm
-from unveil.tokens import Grid, sincos_positions
+from unveil.layers import Block, PositionTable, init_weights, norm_layer, run_block
+from unveil.tokens import Grid
 
 
 class _PatchEmbed(nn.Module):
@@ -15,55 +15,88 @@ class _PatchEmbed(nn.Module):
     def __init__(self, token_dim: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(token_dim, embed_dim)
+        self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
 
 
 class Encoder(nn.Module):
-    """Parameter names are timm's ViT's; positions are fixed, made from the grid, and not saved.
+    """Parameter names are timm's ViT's; fixed positions are made from the grid and not saved.
 
     Args:
-        with_time: give it the time of its noisy input; only for encoders that see noise.
+        num_class_tokens, class_token_init, norm, mlp, qk_norm, positions: as in `unveil.config`.
+        time: how the condition enters: "none", "add", "token" or "adaln".
+        final_norm: whether the last block's output is normalised here; otherwise whoever reads it does.
+        label_tokens_from: the block that tokens of the class join at, counted from 1.
     """
 
-    pos_embed: Tensor
-
     def __init__(
-        self, *, grid: Grid, token_dim: int, embed_dim: int, depth: int, num_heads: int, with_time: bool = False
+        self,
+        *,
+        grid: Grid,
+        token_dim: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_class_tokens: int = 1,
+        class_token_init: str = "normal",
+        norm: str = "layer",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        positions: str = "sincos",
+        time: str = "none",
+        final_norm: bool = True,
+        label_tokens_from: int = 1,
     ) -> None:
         super().__init__()
+        self.time, self.num_class_tokens, self.label_tokens_from = time, num_class_tokens, label_tokens_from
         self.patch_embed = _PatchEmbed(token_dim, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.time_embed = TimeEmbedding(embed_dim) if with_time else None
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
-        self.norm = layer_norm(embed_dim)
-        self.register_buffer("pos_embed", sincos_positions(embed_dim, grid), persistent=False)
-        self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
-        if self.time_embed is not None:
-            self.time_embed.init_weights()
+        self.cls_token = nn.Parameter(torch.zeros(1, num_class_tokens, embed_dim)) if num_class_tokens else None
+        if self.cls_token is not None and class_token_init == "normal":
+            nn.init.normal_(self.cls_token, std=0.02)
+        self.positions = PositionTable(positions, embed_dim, num_heads, grid)
+        cond_dim = embed_dim if time == "adaln" else None
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, norm=norm, mlp=mlp, qk_norm=qk_norm, cond_dim=cond_dim) for _ in range(depth)
+        )
+        self.norm = norm_layer(norm, embed_dim) if final_norm else None
 
-    def forward(self, x: Tensor, visible: Tensor, taps: Sequence[int], t: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        visible: Tensor,
+        taps: Sequence[int],
+        cond: Tensor | None = None,
+        label_tokens: Tensor | None = None,
+    ) -> list[Tensor]:
         """Encode the tokens that are given.
 
         Args:
             x: values of the visible tokens, (B, V, P); V may be 0.
             visible: where they stand, (B, V).
-            taps: blocks whose outputs are wanted, counted from 1; the last block's comes through the final LayerNorm.
-            t: time of noisy input, (B,), for an encoder with time.
+            taps: blocks whose outputs are wanted, counted from 1; the last block's comes through the final norm.
+            cond: time and class, (B, D), for an encoder that is told them.
+            label_tokens: (B, K, D), or None.
 
         Returns:
-            One (B, 1 + V, D) for each tap, class token first.
+            One (B, R + V, D) for each tap, class tokens first.
         """
-        x = self.patch_embed(x) + self.pos_embed[visible]
-        if self.time_embed is not None:
-            assert t is not None
-            x = x + self.time_embed(t)[:, None]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.patch_embed(x) + self.positions(visible)
+        if self.time == "add":
+            assert cond is not None
+            x = x + cond[:, None]
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        length = x.shape[1]  # label tokens come last, and never leave
+        rotation = self.positions.rotation(visible, self.num_class_tokens)
         outputs = {}
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x)
+            if label_tokens is not None and i == self.label_tokens_from:
+                x = torch.cat([x, label_tokens.to(x.dtype)], dim=1)
+                rotation = self.positions.rotation(visible, self.num_class_tokens, label_tokens.shape[1])
+            x = run_block(block, x, cond, self.time == "token", rotation)
             if i in taps:
-                outputs[i] = self.norm(x) if i == len(self.blocks) else x
+                out = x[:, :length]
+                outputs[i] = self.norm(out) if i == len(self.blocks) and self.norm is not None else out
         return [outputs[i] for i in taps]

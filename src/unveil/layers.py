@@ -1,4 +1,4 @@
-"""Transformer blocks with timm's parameter names, and the embedding of time. Sizes are flat arguments."""
+"""Transformer blocks with timm's parameter names, and what tells them positions, time and class. Sizes are flat arguments."""
 
 import math
 
@@ -6,48 +6,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LN_EPS = 1e-6  # as MAE and timm have it; torch's default is 1e-5
+from unveil.tokens import Grid, rotary_angles, sincos_positions
+
+NORM_EPS = 1e-6  # as MAE and timm have it; torch's default for LayerNorm is 1e-5
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (B, 1, L, d) each
 
 
-def layer_norm(embed_dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(embed_dim, eps=LN_EPS)
+def norm_layer(kind: str, dim: int) -> nn.Module:
+    """ "layer", "layer_fixed" (without parameters) or "rms"."""
+    if kind == "rms":
+        return nn.RMSNorm(dim, eps=NORM_EPS)
+    return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=kind == "layer")
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier for every Linear, zero biases, LayerNorms at identity. For `Module.apply`."""
+    """MAE's initialisation: Xavier for every Linear, zero biases, norms at identity. For `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 class Mlp(nn.Module):
-    def __init__(self, embed_dim: int, mlp_ratio: float = 4.0) -> None:
+    """Hidden layer of four times the width; for "swiglu" two of 8/3, which is as many parameters."""
+
+    def __init__(self, embed_dim: int, kind: str = "gelu") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, int(embed_dim * mlp_ratio))
-        self.fc2 = nn.Linear(int(embed_dim * mlp_ratio), embed_dim)
+        self.kind = kind
+        self.hidden_dim = swiglu_dim(embed_dim) if kind == "swiglu" else 4 * embed_dim
+        self.fc1 = nn.Linear(embed_dim, 2 * self.hidden_dim if kind == "swiglu" else self.hidden_dim)
+        self.fc2 = nn.Linear(self.hidden_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+
+
+def swiglu_dim(embed_dim: int) -> int:
+    """8/3 of the width, rounded to a multiple of 8."""
+    return 8 * round(embed_dim / 3)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (x[j], x[j + d/2]) of (B, h, L, d) by its angle.      Su et al. 2021, arXiv 2104.09864"""
+    cos, sin = rotation
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Self-attention over (B, L, D)."""
 
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.q_norm = norm_layer("rms", embed_dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer("rms", embed_dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         B, L, D = x.shape
         q, k, v = (
             self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         )  # (B, h, L, d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
@@ -75,19 +105,52 @@ class CrossAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, M, D))
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, L, D) scaled and shifted by (B, D) each."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def zero_linear(in_dim: int, out_dim: int) -> nn.Linear:
+    """A Linear that returns zeros at first. Not for `init_weights`, which would undo it."""
+    linear = nn.Linear(in_dim, out_dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class Block(nn.Module):
-    """Pre-norm ViT block."""
+    """Pre-norm ViT block.
 
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
+    With cond_dim it is adaLN-zero: both residual branches are shifted, scaled and gated by the condition, and the block is
+    the identity at first.      Peebles & Xie 2023, arXiv 2212.09748, section 3.2
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        qk_norm: bool = False,
+        cond_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = layer_norm(embed_dim)
-        self.attn = Attention(embed_dim, num_heads)
-        self.norm2 = layer_norm(embed_dim)
-        self.mlp = Mlp(embed_dim)
+        self.norm1 = norm_layer(norm, embed_dim)
+        self.attn = Attention(embed_dim, num_heads, qk_norm)
+        self.norm2 = norm_layer(norm, embed_dim)
+        self.mlp = Mlp(embed_dim, mlp)
+        self.apply(init_weights)
+        self.modulation = zero_linear(cond_dim, 6 * embed_dim) if cond_dim else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, cond: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+        """x (B, L, D); cond (B, cond_dim) if it was built for one."""
+        if self.modulation is None:
+            x = x + self.attn(self.norm1(x), rotation)
+            return x + self.mlp(self.norm2(x))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class CrossBlock(nn.Module):
@@ -95,18 +158,58 @@ class CrossBlock(nn.Module):
 
     def __init__(self, embed_dim: int, memory_dim: int, num_heads: int, self_attention: bool) -> None:
         super().__init__()
-        self.norm_cross = layer_norm(embed_dim)
+        self.norm_cross = norm_layer("layer", embed_dim)
         self.cross_attn = CrossAttention(embed_dim, memory_dim, num_heads)
-        self.norm1 = layer_norm(embed_dim) if self_attention else None
+        self.norm1 = norm_layer("layer", embed_dim) if self_attention else None
         self.attn = Attention(embed_dim, num_heads) if self_attention else None
-        self.norm2 = layer_norm(embed_dim)
+        self.norm2 = norm_layer("layer", embed_dim)
         self.mlp = Mlp(embed_dim)
+        self.apply(init_weights)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.cross_attn(self.norm_cross(x), keys_values)
         if self.attn is not None and self.norm1 is not None:
             x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class PositionTable(nn.Module):
+    """Where tokens stand: what is added to them, (N, D), and by how much rotary attention turns each head.
+
+    Args:
+        kind: "sincos" and "rotary" are made from the grid and not saved; "learned" is N(0, 1/N) at first, as UMD has it.
+    """
+
+    pos_embed: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, kind: str, embed_dim: int, num_heads: int, grid: Grid) -> None:
+        super().__init__()
+        table = sincos_positions(embed_dim, grid)
+        if kind == "learned":
+            self.pos_embed = nn.Parameter(torch.empty_like(table))
+            nn.init.normal_(self.pos_embed, std=len(table) ** -0.5)
+        else:
+            self.register_buffer("pos_embed", table, persistent=False)
+        self.rotary = kind == "rotary"
+        if self.rotary:
+            angles = rotary_angles(embed_dim // num_heads, grid)
+            self.register_buffer("cos", angles.cos().float(), persistent=False)
+            self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """What is added to the tokens at these indices: (B, L) to (B, L, D)."""
+        return self.pos_embed[indices]
+
+    def rotation(self, indices: Tensor, before: int, after: int = 0) -> Rotation | None:
+        """For tokens at these indices (B, L), with tokens that stand nowhere before and after them, which are not turned."""
+        if not self.rotary:
+            return None
+        return (
+            F.pad(self.cos[indices], (0, 0, before, after), value=1.0)[:, None],
+            F.pad(self.sin[indices], (0, 0, before, after))[:, None],
+        )
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -120,19 +223,120 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class TimeEmbedding(nn.Module):
-    """Time to width: sinusoid, Linear, SiLU, Linear. (B,) to (B, D)."""
+def sinusoid_to_the_end(t: Tensor, dim: int) -> Tensor:
+    """[sin | cos] of t at dim / 2 frequencies from 1 to exactly 1/10000, as UMD has it; otherwise `sinusoid`."""
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=t.device) * -(math.log(10000) / max(1, half - 1))
+    )
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    def __init__(self, embed_dim: int, frequency_dim: int = 256) -> None:
+
+FREQUENCY_DIM = 256  # of the plain trunk; DiT's
+
+
+class Trunk(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, embed_dim: int) -> None:
         super().__init__()
-        self.frequency_dim = frequency_dim
-        self.fc1 = nn.Linear(frequency_dim, embed_dim)
-        self.fc2 = nn.Linear(embed_dim, embed_dim)
+        self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        for linear in (self.fc1, self.fc2):  # DiT's
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
-    def init_weights(self) -> None:
-        """DiT's: N(0, 0.02); call after the module's general initialisation."""
-        nn.init.normal_(self.fc1.weight, std=0.02)
-        nn.init.normal_(self.fc2.weight, std=0.02)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)))
 
-    def forward(self, t: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(sinusoid(t, self.frequency_dim))))
+
+class Condition(nn.Module):
+    """Time and class as one vector.
+
+    Args:
+        wide: UMD's trunk instead of DiT's; see `unveil.config.Condition`.
+        num_classes: 0 for none; the table's last row means "no class".
+        num_label_tokens: tokens made of the class row and a learned place of their own.
+        activate: end with a SiLU, which adaLN's modulations share.
+    """
+
+    def __init__(
+        self, embed_dim: int, *, wide: bool, num_classes: int, num_label_tokens: int = 0, activate: bool = False
+    ) -> None:
+        super().__init__()
+        self.wide, self.num_classes, self.activate = wide, num_classes, activate
+        self.frequency_dim = embed_dim if wide else FREQUENCY_DIM
+        self.time = Trunk(self.frequency_dim, 2 * embed_dim if wide else embed_dim, embed_dim)
+        self.label_embed = nn.Embedding(num_classes + 1, embed_dim) if num_classes else None
+        self.label = Trunk(embed_dim, 2 * embed_dim, embed_dim) if num_classes and wide else None
+        self.label_places = None
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
+            if num_label_tokens:
+                self.label_places = nn.Parameter(torch.empty(1, num_label_tokens, embed_dim))
+                nn.init.normal_(self.label_places, std=0.02)
+
+    def _row(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.label_embed is not None
+        if labels is None:
+            labels = torch.full((len(t),), self.num_classes, device=t.device)
+        row = self.label_embed(labels)
+        return row if self.label is None else self.label(row)
+
+    def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """t (B,), as the network counts it; labels (B,) in 0 .. K, K for "no class", as None is. Returns (B, D)."""
+        embed = sinusoid_to_the_end if self.wide else sinusoid
+        cond = self.time(embed(t, self.frequency_dim))
+        if self.label_embed is not None:
+            cond = cond + self._row(t, labels)
+        return F.silu(cond) if self.activate else cond
+
+    def label_tokens(self, t: Tensor, labels: Tensor | None) -> Tensor | None:
+        """(B, num_label_tokens, D), or None without them."""
+        if self.label_places is None:
+            return None
+        return self._row(t, labels)[:, None] + self.label_places
+
+
+def run_block(block: nn.Module, x: Tensor, cond: Tensor | None, as_token: bool, rotation: Rotation | None) -> Tensor:
+    """One block, with the condition as one more token that is put before its input and taken off its output again."""
+    if not as_token:
+        return block(x, cond, rotation)
+    assert cond is not None
+    if rotation is not None:
+        rotation = (F.pad(rotation[0], (0, 0, 1, 0), value=1.0), F.pad(rotation[1], (0, 0, 1, 0)))
+    return block(torch.cat([cond[:, None], x], dim=1), None, rotation)[:, 1:]
+
+
+class Head(nn.Module):
+    """From a width to predictions: norm, modulation under adaLN, and a Linear for each quantity.
+
+    Args:
+        names: what is predicted.
+        init: "xavier", "normal" (0.02) or "zeros", of those Linear maps.
+    """
+
+    def __init__(
+        self, embed_dim: int, token_dim: int, names: tuple[str, ...], *, norm: str, init: str, cond_dim: int | None
+    ) -> None:
+        super().__init__()
+        self.norm = norm_layer(norm, embed_dim)
+        self.modulation = zero_linear(cond_dim, 2 * embed_dim) if cond_dim else None
+        self.pred = nn.ModuleDict({name: nn.Linear(embed_dim, token_dim) for name in names})
+        for linear in self.pred.values():
+            assert isinstance(linear, nn.Linear)
+            if init == "normal":
+                nn.init.normal_(linear.weight, std=0.02)
+            elif init == "zeros":
+                nn.init.zeros_(linear.weight)
+            else:
+                nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
+        """(B, S, D) to one (B, S, P) for each name."""
+        x = self.norm(x)
+        if self.modulation is not None:
+            x = modulate(x, *self.modulation(cond).chunk(2, dim=-1))
+        return {name: linear(x) for name, linear in self.pred.items()}

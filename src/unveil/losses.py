@@ -1,5 +1,6 @@
 """From a batch of clips to a loss: draw, corrupt, predict, score each token, and only then reduce."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,49 +8,141 @@ import torch
 from torch import Tensor, nn
 
 from unveil import draws
-from unveil.config import Recipe
-from unveil.corruption import Corrupted, corrupt
+from unveil.config import Branch, Recipe, Term
+from unveil.corruption import Corrupted, Part, corrupt
 from unveil.masking import Mask, draw_mask
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.schedule import DiscreteSchedule
+from unveil.schedule import DiscreteSchedule, Schedule
 from unveil.tokens import patch_norm
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Everything random in one training step: the mask, and with noise t (B,) and noise (B, M or V, P)."""
+class BranchDraws:
+    """Everything random for the clips of one branch.
 
+    rows: which clips of the batch, (b,). t: (b,), noise: as `corrupt` wants it, labels: (b,) with "no class" where a label
+    is unknown or dropped; None where the branch has no such thing.
+    """
+
+    rows: Tensor
     mask: Mask
     t: Tensor | None
     noise: Tensor | None
+    labels: Tensor | None
+
+    def to(self, device: torch.device | str) -> "BranchDraws":
+        t, noise, labels = (
+            None if x is None else x.to(device, non_blocking=True) for x in (self.t, self.noise, self.labels)
+        )
+        return BranchDraws(self.rows.to(device, non_blocking=True), self.mask.to(device), t, noise, labels)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one training step: one part for each branch of the recipe, or None for a branch without clips."""
+
+    branches: tuple[BranchDraws | None, ...]
 
     def to(self, device: torch.device | str) -> "Draws":
-        t, noise = (None if x is None else x.to(device, non_blocking=True) for x in (self.t, self.noise))
-        return Draws(self.mask.to(device), t, noise)
+        return Draws(tuple(None if part is None else part.to(device) for part in self.branches))
 
 
-def draw(recipe: Recipe, schedule: DiscreteSchedule | None, seed: int, epoch: int, indices: Sequence[int]) -> Draws:
-    """Draws for the samples with these indices. Each depends on (seed, epoch, index) alone, not on the batch."""
-    branch, clip = recipe.branch, recipe.clip
-    mask = draw_mask(
-        branch.masking, [draws.generator(seed, epoch, i, "mask") for i in indices], clip.grid, branch.mask_ratio
-    )
-    if schedule is None:
-        return Draws(mask, None, None)
+def _draw_branch(
+    recipe: Recipe, branch: Branch, schedule: Schedule | None, seed: int, epoch: int, rows: list[int],
+    indices: Sequence[int], labels: Tensor | None,
+) -> BranchDraws:  # fmt: skip
+    clip, at = recipe.clip, torch.tensor(rows)
+    generators = [draws.generator(seed, epoch, i, "mask") for i in indices]
+    mask = draw_mask(branch.masking, generators, clip.grid, branch.mask_ratio)
+    if branch.noise_on == "none":
+        return BranchDraws(at, mask, None, None, None)  # a clean clip is never labelled
+    assert schedule is not None
     carriers = (mask.hidden if branch.noise_on == "hidden" else mask.visible).shape[1]
+    if any(term.predict == "noisy" for term in branch.terms):
+        carriers = clip.num_tokens
     t = torch.cat([schedule.sample_t(1, draws.generator(seed, epoch, i, "t")) for i in indices])
     noise = torch.empty(len(indices), carriers, clip.token_dim)
     for row, i in zip(noise, indices, strict=True):
         torch.randn(row.shape, generator=draws.generator(seed, epoch, i, "noise"), out=row)
-    return Draws(mask, t, noise)
+    num_classes = recipe.condition.num_classes
+    if not num_classes:
+        return BranchDraws(at, mask, t, noise, None)
+    if labels is None:
+        return BranchDraws(at, mask, t, noise, torch.full((len(at),), num_classes))
+    dropped = torch.cat([torch.rand(1, generator=draws.generator(seed, epoch, i, "label")) for i in indices])
+    kept = (labels[at] >= 0) & (dropped >= recipe.training.label_dropout)
+    return BranchDraws(at, mask, t, noise, torch.where(kept, labels[at], num_classes))
 
 
-def target_of(recipe: Recipe, corrupted: Corrupted) -> Tensor:
-    """What the scored tokens are compared with, (B, S, P)."""
-    if recipe.branch.target == "eps":
-        assert corrupted.eps is not None
-        return corrupted.eps
-    return patch_norm(corrupted.x0) if recipe.branch.patch_norm else corrupted.x0
+def draw(
+    recipe: Recipe,
+    schedule: Schedule | None,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int],
+    *,
+    places: Sequence[int] | None = None,
+    labels: Tensor | None = None,
+) -> Draws:
+    """Draws for the samples with these indices. Each depends on (seed, epoch, index) alone, not on the batch.
+
+    Args:
+        places: where each sample stands in the epoch's order, which decides its branch; its index if not given.
+        labels: (B,) in 0 .. num_classes - 1, or -1 where unknown; for a recipe with classes.
+    """
+    shares = [branch.share for branch in recipe.branches]
+    party = [draws.deal(place, shares) for place in (indices if places is None else places)]
+    parts: list[BranchDraws | None] = []
+    for number, branch in enumerate(recipe.branches):
+        rows = [row for row, p in enumerate(party) if p == number]
+        chosen = [indices[row] for row in rows]
+        parts.append(_draw_branch(recipe, branch, schedule, seed, epoch, rows, chosen, labels) if rows else None)
+    return Draws(tuple(parts))
+
+
+def _log_cdf_difference(
+    x: Tensor, mean: Tensor, log_std: Tensor, bin_width: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Log-probability of a value's own bin under a normal distribution; the outermost bins reach to infinity."""
+    inverse = (-log_std).exp()
+    upper = torch.where(x > high - bin_width / 2, 1.0, torch.special.ndtr((x - mean + bin_width / 2) * inverse))
+    lower = torch.where(x < low + bin_width / 2, 0.0, torch.special.ndtr((x - mean - bin_width / 2) * inverse))
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+def variance_bound(
+    share: Tensor, part: Part, eps: Tensor, t: Tensor, schedule: Schedule, low: Tensor, high: Tensor
+) -> Tensor:
+    """The variational bound's term of each token in bits per value, (B, S), through the variance alone.
+
+    KL(q(x_s | x_t, x0) || N(mean, variance)) with s = t - 1; at t = 1 the likelihood of the clean values in bins of 1/255.
+    The share, (B, S, P) in [0, 1] between them, interpolates the log variance from the posterior's to the step's own.
+    Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15 and 16: the mean is taken from eps without gradient.
+    """
+    assert isinstance(schedule, DiscreteSchedule) and part.x_t is not None
+
+    def per_clip(value: Tensor) -> Tensor:
+        return value[:, None, None]
+
+    (a_t, s_t), (a_s, s_s) = schedule.rates(t), schedule.rates(t - 1)
+    step = a_t / a_s
+    beta = s_t**2 - step**2 * s_s**2  # variance that the step adds
+    # at t = 1 the posterior's is 0, and the one of the next step stands in, as the published code has it
+    (a_2, s_2), (_, s_1) = schedule.rates(2), schedule.rates(1)
+    beta_2 = s_2**2 - (a_2 / schedule.rates(1)[0]) ** 2 * s_1**2
+    posterior = torch.where(t == 1, beta_2 * s_1**2 / s_2**2, beta * s_s**2 / s_t**2)
+    log_beta, log_posterior = per_clip(beta.log().float()), per_clip(posterior.log().float())
+    log_variance = share * log_beta + (1 - share) * log_posterior
+    of_x_t, of_x0 = per_clip((step * s_s**2 / s_t**2).float()), per_clip((a_s * beta / s_t**2).float())
+    x0 = (part.x_t - per_clip(s_t.float()) * eps) / per_clip(a_t.float())
+    mean = (of_x_t * part.x_t + of_x0 * x0).detach()
+    true_mean = of_x_t * part.x_t + of_x0 * part.x0
+    kl = 0.5 * (
+        log_variance - log_posterior - 1 + (log_posterior - log_variance).exp()
+        + (true_mean - mean).square() * (-log_variance).exp()
+    )  # fmt: skip
+    likelihood = -_log_cdf_difference(part.x0, mean, 0.5 * log_variance, (high - low) / 255, low, high)
+    return torch.where(per_clip(t == 1), likelihood, kl).mean(-1) / math.log(2)
 
 
 class Objective(nn.Module):
@@ -59,15 +152,47 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def score(self, term: Term, predictions: dict[str, Tensor], part: Part, t: Tensor | None) -> Tensor:
+        """The loss of each token, (b, S), without the term's weight: a mean over its values."""
+        model, schedule = self.model, self.model.schedule
+        prediction = predictions[term.predict].float()
+        if term.predict == "variance":
+            assert t is not None and schedule is not None
+            eps = predictions["eps"].float().detach()
+            return variance_bound((prediction + 1) / 2, part, eps, t, schedule, model.low, model.high)
+        target = {"x0": part.x0, "eps": part.eps, "noisy": part.x_t}[term.predict]
+        assert target is not None
+        loss = (prediction - (patch_norm(target) if term.patch_norm else target)).square().mean(-1)
+        if term.space == "v":
+            assert t is not None and schedule is not None
+            loss = loss / schedule.rates(t)[1].float().clamp(min=0.05).square()[:, None]
+        return loss
+
+    def forward(self, clip: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Score a batch of clips, (B, C, T, H, W) in [0, 1].
 
+        Every clip counts the same, so that a branch counts by its share of them: the loss is the mean over clips of the
+        weighted sum of the terms of the clip's own branch, each a mean over the scored tokens.
+
         Returns:
-            loss: mean over clips, a scalar. It equals sum(token loss) / number of scored tokens, as in MAE.
-            per_token: mean squared error of each scored token in normalised values, (B, S), detached.
+            loss: a scalar.
+            per_token: the loss of each scored token of each term without its weight, (b, S), detached, by a name such as
+                "none/x0/hidden": who carries noise, what is predicted, and where.
         """
-        model, branch = self.model, self.model.recipe.branch
-        c = corrupt(model.tokens(clip), draws.mask, branch.noise_on, draws.t, model.schedule, draws.noise)
-        prediction = model(c.x_enc, draws.mask, c.x_dec, draws.t).float()
-        per_token = (prediction - target_of(model.recipe, c)).square().mean(-1)
-        return per_token.mean(), per_token.detach()
+        model = self.model
+        loss = clip.new_zeros(())
+        logs = {}
+        for branch, part in zip(model.recipe.branches, draws.branches, strict=True):
+            if part is None:
+                continue
+            # all rows of the batch in order need no copy
+            mine = clip if len(part.rows) == len(clip) else clip[part.rows]
+            c: Corrupted = corrupt(model.tokens(mine), part.mask, branch.noise_on, part.t, model.schedule, part.noise)
+            places = tuple(dict.fromkeys(term.on for term in branch.terms))
+            predictions = model(c.x_enc, part.mask, c.x_dec, part.t, part.labels, on=places)
+            for term in branch.terms:
+                scored = c.visible if term.on == "visible" else c.hidden
+                per_token = self.score(term, predictions[term.on], scored, part.t)
+                loss = loss + term.weight * per_token.mean() * (len(part.rows) / len(clip))
+                logs[f"{branch.noise_on}/{term.predict}/{term.on}"] = per_token.detach()
+        return loss, logs

@@ -1,5 +1,6 @@
-"""Arithmetic of probes and of repainting, each a named protocol."""
+"""Arithmetic of probes, of repainting and of generated sets, each a named protocol."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,32 @@ def ridge_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int,
     return _ridge(train, labels, test, num_classes, [l2])[0]
 
 
+def fewshot_predict(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float = 1024.0) -> Tensor:
+    """The closed-form least-squares probe that UMD's numbers were made with: one penalty for all, and nothing chosen.
+
+    X: the features by the training mean and deviation, and a last column of 100. W = (X'X + l2 I)^-1 X'Y with targets
+    Y of -1/+1. The penalty is on the sum of squares, so it weighs less the more rows there are; `ridge_predict` has it on
+    the mean. The column's weight is penalised too, but being large it hardly notices.
+
+    UMD, arXiv 2406.17688, whose evaluator is Big Vision's few-shot probe with l2 = 1024.
+
+    Args:
+        train: (n, D), labels: (n,) in 0 .. num_classes - 1, test: (m, D).
+
+    Returns:
+        (m,) predicted classes.
+    """
+    train, test = train.double(), test.double()
+    mean, std = train.mean(0), train.std(0, correction=0) + 1e-5  # of the n rows, where `standardise` divides by n - 1
+    x, z = (F.pad((features - mean) / std, (0, 1), value=100.0) for features in (train, test))
+    y = F.one_hot(labels, num_classes).double() * 2 - 1
+    n, D = x.shape  # with the column
+    identity = torch.eye(min(n, D), dtype=x.dtype, device=x.device)
+    if n < D:  # the same from n equations: X'(XX' + l2 I)^-1 Y
+        return (z @ x.T @ torch.linalg.solve(x @ x.T + l2 * identity, y)).argmax(1)
+    return (z @ torch.linalg.solve(x.T @ x + l2 * identity, x.T @ y)).argmax(1)
+
+
 def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float]) -> float:
     """The penalty with the best accuracy on held-out training rows; the first on a tie.
 
@@ -79,6 +106,42 @@ def knn_predict(
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Share of right answers, in percent."""
     return 100 * (predictions == labels).double().mean().item()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance between the Gaussians fitted to two sets of features.
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)      Dowson and Landau 1982; FID: arXiv 1706.08500
+
+    It is biased upward, the more the fewer samples there are: two samples of one distribution are not at 0. So only
+    distances from equal counts compare, and the two sets should have well over D samples each.
+
+    Args:
+        a, b: (n, D) and (m, D). Covariances divide by n - 1 and m - 1.
+
+    Raises:
+        ValueError: sets that are not features of one width, fewer than 2 samples in one, or values that are not finite.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"Features of shapes {tuple(a.shape)} and {tuple(b.shape)} were given; they must be (n, D) and (m, D) with one "
+            "D. Compute both with the same classifier."
+        )
+    if min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"Sets of {len(a)} and {len(b)} samples were given; one sample has no spread. Use 2 or more in each."
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(
+            "Features with infinite values or NaN were given, which have no Gaussian. Find where they come from."
+        )
+    a, b = a.double(), b.double()
+    # With C = R'R, the trace of the root is the sum of the singular values of R_a R_b'. That needs no root of a
+    # covariance, whose eigenvalues of 0, as of features that never fire or of too few samples, rounding makes negative:
+    # over eigenvalues the distance of a set to itself comes out as -4e-6, and so as 1e-13.
+    roots = [torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b)]
+    spread = roots[0].square().sum() + roots[1].square().sum() - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + spread).item())  # rounding may leave -1e-13
 
 
 def hole_mse(painted: Tensor, truth: Tensor, hole: Tensor) -> Tensor:

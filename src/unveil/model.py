@@ -1,19 +1,21 @@
-"""The model: one encoder, one decoder, and the three things they can do: encode, predict, denoise."""
+"""The model: one encoder, one decoder, one head, and what they can do: encode, predict, denoise, reconstruct."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from unveil.config import Recipe
+from unveil.config import Predict, Recipe
 from unveil.decoder import Context, Decoder
 from unveil.encoder import Encoder
-from unveil.layers import init_weights
+from unveil.layers import Condition, Head
 from unveil.masking import Mask, gather
-from unveil.schedule import DiscreteSchedule, add_noise, x0_from_eps
+from unveil.schedule import add_noise, make_schedule, x0_from_eps
 from unveil.tokens import patchify, unpatchify
 
 Noise = Callable[[Tensor], Tensor]
+Guidance = Callable[[float], float]
+Predictions = dict[str, dict[str, Tensor]]
 
 
 class MaskedDiffusionAutoencoder(nn.Module):
@@ -33,19 +35,36 @@ class MaskedDiffusionAutoencoder(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        clip, e, d, noise_on = recipe.clip, recipe.encoder, recipe.decoder, recipe.branch.noise_on
-        self.schedule = DiscreteSchedule(recipe.schedule.kind, rho=recipe.schedule.rho) if recipe.schedule else None
+        clip, e, d, net, told = recipe.clip, recipe.encoder, recipe.decoder, recipe.network, recipe.condition
+        self.schedule = make_schedule(recipe.schedule.kind, recipe.schedule.rho) if recipe.schedule else None
+        blocks = {"norm": net.norm, "mlp": net.mlp, "qk_norm": net.qk_norm, "positions": net.positions}
+        cond_dim = 0
+        self.condition = None
+        if told.time != "none":
+            assert recipe.time_in_encoder or d is not None
+            cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
+            self.condition = Condition(
+                cond_dim,
+                wide=told.trunk == "wide",
+                num_classes=told.num_classes,
+                num_label_tokens=told.label_tokens,
+                activate=told.time == "adaln",
+            )
         self.encoder = Encoder(
             grid=clip.grid,
             token_dim=clip.token_dim,
             embed_dim=e.embed_dim,
             depth=e.depth,
             num_heads=e.num_heads,
-            with_time=noise_on == "visible",
+            num_class_tokens=e.num_class_tokens,
+            class_token_init=e.class_token_init,
+            time=told.time if recipe.time_in_encoder else "none",
+            final_norm=d is not None,
+            label_tokens_from=told.label_tokens_from,
+            **blocks,
         )
         self.taps = d.taps if d else (e.depth,)
         self.decoder = None
-        self.head = None
         if d is not None:
             self.decoder = Decoder(
                 kind=d.kind,
@@ -56,11 +75,22 @@ class MaskedDiffusionAutoencoder(nn.Module):
                 depth=d.depth,
                 num_heads=d.num_heads,
                 num_taps=len(d.taps),
-                noisy=noise_on == "hidden",
+                noisy=recipe.noise_on == "hidden",
+                masked=any(branch.noise_on != "hidden" for branch in recipe.branches),
+                num_class_tokens=e.num_class_tokens,
+                summary=d.summary,
+                time=told.time,
+                cond_dim=cond_dim,
+                **blocks,
             )
-        else:
-            self.head = nn.Linear(e.embed_dim, clip.token_dim)
-            self.head.apply(init_weights)
+        self.head = Head(
+            d.embed_dim if d else e.embed_dim,
+            clip.token_dim,
+            recipe.heads,
+            norm=net.norm,
+            init=net.head_init,
+            cond_dim=cond_dim if told.time == "adaln" else None,
+        )
         mean, std = torch.tensor(clip.mean), torch.tensor(clip.std)
         self.register_buffer("mean", mean.reshape(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.reshape(-1, 1, 1, 1), persistent=False)
@@ -71,12 +101,13 @@ class MaskedDiffusionAutoencoder(nn.Module):
     @property
     def can(self) -> frozenset[str]:
         """What this model was trained for: "represent", and perhaps "repaint" or "generate"."""
-        branch = self.recipe.branch
+        recipe = self.recipe
+        noisy = recipe.branch_on("hidden")
         abilities = {"represent"}
-        if 0 < branch.mask_ratio < 1 and not branch.patch_norm:
-            abilities.add("repaint")
-        if branch.noise_on == "visible" or (branch.noise_on == "hidden" and branch.mask_ratio == 1):
+        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio == 1):
             abilities.add("generate")
+        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio < 1) or recipe.reconstructs:
+            abilities.add("repaint")
         return frozenset(abilities)
 
     def tokens(self, clip: Tensor) -> Tensor:
@@ -95,34 +126,118 @@ class MaskedDiffusionAutoencoder(nn.Module):
         sizes = self.recipe.clip
         return unpatchify(tokens, sizes.grid, sizes.patch_size, sizes.tubelet_size) * self.std + self.mean
 
-    def encode(self, clip: Tensor) -> Tensor:
-        """Features of whole, clean clips: (B, C, T, H, W) to (B, 1 + N, D), class token first. Never masks."""
-        x0 = self.tokens(clip)
-        everything = torch.arange(x0.shape[1], device=x0.device).expand(len(x0), -1)
-        t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-        return self.encoder(x0, everything, (self.recipe.encoder.depth,), t)[0]
+    def _told(self, t: Tensor | None, labels: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The condition (B, D), and the class as tokens; None where there is none. t = None is clean."""
+        if self.condition is None:
+            return None, None
+        if t is None or self.schedule is None:
+            t = torch.zeros(len(x), device=x.device)
+        else:
+            t = self.schedule.network_time(t)
+        return self.condition(t, labels), self.condition.label_tokens(t, labels)
+
+    def _encode(
+        self, x: Tensor, visible: Tensor, taps: Sequence[int], t: Tensor | None, labels: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        cond, label_tokens = self._told(t, labels, x)
+        in_encoder = self.recipe.time_in_encoder
+        memory = self.encoder(x, visible, taps, cond if in_encoder else None, label_tokens if in_encoder else None)
+        return memory, cond
+
+    def encode(self, clip: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Features of whole clips: (B, C, T, H, W) to (B, R + N, D), class tokens first. Never masks.
+
+        Args:
+            t, noise: to look at a noisy version, as models that never saw a clean clip want it: times (B,), and standard
+                normal values (B, N, P). Without them the clip is clean, t = 0.
+
+        Raises:
+            ValueError: noise for a model whose encoder never saw any.
+        """
+        x = self.tokens(clip)
+        if t is not None:
+            if self.recipe.noise_on != "visible" or self.schedule is None:
+                raise ValueError(
+                    f"The encoder of this {self.recipe.name} sees clean clips only, so it has no features at t > 0. Use t = 0."
+                )
+            assert noise is not None
+            x = add_noise(x, noise, *self.schedule.rates(t))
+        everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        (encoded,), _ = self._encode(x, everything, (self.recipe.encoder.depth,), t, None)
+        return encoded if self.decoder is not None else self.head.norm(encoded)
 
     def prepare(self, x_enc: Tensor, visible: Tensor) -> Context:
-        """Encode visible tokens (B, V, P) and compute what the decoder keeps of them."""
+        """Encode clean visible tokens (B, V, P), for an encoder without time, and keep what the decoder needs of them."""
         assert self.decoder is not None
         return self.decoder.prepare(self.encoder(x_enc, visible, self.taps), visible)
 
-    def forward(self, x_enc: Tensor, mask: Mask, x_dec: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Predict the target of every scored token, (B, M or V, P): hidden ones, or visible ones that carry noise.
+    def forward(
+        self,
+        x_enc: Tensor,
+        mask: Mask,
+        x_dec: Tensor | None = None,
+        t: Tensor | None = None,
+        labels: Tensor | None = None,
+        on: Sequence[str] = ("hidden",),
+    ) -> Predictions:
+        """Predict every head's quantity.
 
         Args:
             x_enc: visible tokens, (B, V, P).
             x_dec: noisy hidden tokens, (B, M, P), if the hidden ones carry noise.
-            t: diffusion time, (B,), if anything carries noise.
+            t: diffusion time, (B,); None is clean.
+            labels: classes (B,), num_classes for "no class"; None for no class at all.
+            on: which tokens are wanted: "visible", "hidden" or both.
+
+        Returns:
+            {where: {name: (B, V or M, P)}}.
         """
-        if self.decoder is not None:
-            return self.decoder(self.prepare(x_enc, mask.visible), mask.hidden, x_dec, t)
-        assert self.head is not None
-        return self.head(self.encoder(x_enc, mask.visible, self.taps, t)[0][:, 1:])
+        memory, cond = self._encode(x_enc, mask.visible, self.taps, t, labels)
+        if self.decoder is None:
+            tokens: dict[str, Tensor | None] = {"visible": memory[0][:, self.recipe.encoder.num_class_tokens :]}
+        else:
+            context = self.decoder.prepare(memory, mask.visible, cond)
+            visible, hidden = self.decoder(context, mask.hidden, x_dec, cond)
+            tokens = {"visible": visible, "hidden": hidden}
+        predictions = {}
+        for where in on:
+            x = tokens[where]
+            assert x is not None
+            predictions[where] = self.head(x, cond)
+        return predictions
+
+    def reconstruct(self, x0: Tensor, mask: Mask) -> Tensor:
+        """Hidden tokens (B, M, P) of clean clips (B, N, P) in one step, within the range of pixels, as MAE does."""
+        assert self.recipe.reconstructs
+        prediction = self(gather(x0, mask.visible), mask)["hidden"]["x0"]
+        return prediction.float().clamp(self.low, self.high)
+
+    def _guided(self, x_t: Tensor, mask: Mask, times: Tensor, labels: Tensor | None, scale: float) -> dict[str, Tensor]:
+        """Predictions for visible noisy tokens: uncond + scale * (cond - uncond), the variance as it is with the class."""
+        if labels is None or scale == 1:
+            return self(x_t, mask, None, times, labels, on=("visible",))["visible"]
+        null = torch.full_like(labels, self.recipe.condition.num_classes)
+        if scale == 0:
+            return self(x_t, mask, None, times, null, on=("visible",))["visible"]
+        twice = Mask(mask.visible.repeat(2, 1), mask.hidden.repeat(2, 1))
+        both = self(x_t.repeat(2, 1, 1), twice, None, times.repeat(2), torch.cat([labels, null]), on=("visible",))
+        guided = {}
+        for name, value in both["visible"].items():
+            cond, uncond = value.chunk(2)
+            guided[name] = cond if name == "variance" else uncond + scale * (cond - uncond)
+        return guided
 
     def denoiser(
-        self, x0: Tensor, mask: Mask, known: Tensor | None = None, noise: Noise | None = None
-    ) -> Callable[[Tensor, int], Tensor]:
+        self,
+        x0: Tensor,
+        mask: Mask,
+        known: Tensor | None = None,
+        noise: Noise | None = None,
+        *,
+        labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        predict: Predict | None = None,
+    ) -> Callable[[Tensor, float], Tensor | tuple[Tensor, Tensor]]:
         """A function (x_t, t) -> x0 for a sampler, which runs the encoder once, now, if the encoder sees no noise.
 
         Args:
@@ -131,34 +246,49 @@ class MaskedDiffusionAutoencoder(nn.Module):
             known: (B, M, P) bool, values inside hidden tokens that are known. At every step they are put into x_t at
                 that step's noise level, with noise drawn afresh, and into the prediction as they are.
             noise: gives that fresh noise; needed with known.
+            labels: classes (B,), for a model with classes; None for none.
+            guidance: how far to go beyond the class's prediction at a time; 1 is not at all, 0 ignores the class.
+            predict: which prediction to go by, of `recipe.samplers_heads`; the first if not given.
 
         Returns:
-            denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within the range of pixels.
+            denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within the range of pixels; of a model that
+            learned its variance, also that share of it, (B, M, P) in [0, 1].
         """
-        if self.decoder is None and mask.visible.shape[1]:
+        recipe, schedule = self.recipe, self.schedule
+        assert schedule is not None and recipe.samplers_heads
+        if recipe.noise_on == "visible" and mask.visible.shape[1]:
             raise ValueError(
-                "This model sees noise on every token, so it generates whole pictures only: hide all of it."
+                "This model puts noise on every token it sees: hide all of the clip, and say what is known."
+            )
+        head = predict or recipe.samplers_heads[0]
+        if head not in recipe.samplers_heads:
+            raise ValueError(
+                f"This {recipe.name} cannot be sampled by {head!r}; it predicts {', '.join(recipe.samplers_heads)} for noise."
             )
         truth = gather(x0, mask.hidden)
-        context = self.prepare(gather(x0, mask.visible), mask.visible) if self.decoder is not None else None
+        context = self.prepare(gather(x0, mask.visible), mask.visible) if recipe.noise_on == "hidden" else None
 
-        def denoise(x_t: Tensor, t: int) -> Tensor:
+        def denoise(x_t: Tensor, t: float) -> Tensor | tuple[Tensor, Tensor]:
             times = torch.full((len(x_t),), t, device=x_t.device)
-            if known is not None and self.schedule is not None:
+            rates = schedule.rates(t)
+            if known is not None:
                 assert noise is not None
-                x_t = torch.where(known, add_noise(truth, noise(x_t), *self.schedule.rates(t)), x_t)
-            if self.decoder is None:
-                assert self.head is not None
-                prediction = self.head(self.encoder(x_t, mask.hidden, self.taps, times)[0][:, 1:])
-            elif self.schedule is None:
-                prediction = self.decoder(context, mask.hidden, None, None)
+                x_t = torch.where(known, add_noise(truth, noise(x_t), *rates), x_t)
+            if context is not None:
+                assert self.decoder is not None
+                cond, _ = self._told(times, labels, x_t)
+                predictions = self.head(self.decoder(context, mask.hidden, x_t, cond)[1], cond)
             else:
-                prediction = self.decoder(context, mask.hidden, x_t, times)
-            prediction = prediction.float()
-            if self.recipe.branch.target == "eps":
-                assert self.schedule is not None
-                prediction = x0_from_eps(x_t, prediction, *self.schedule.rates(t))
+                scale = 1.0 if guidance is None else guidance(t)
+                predictions = self._guided(x_t, Mask(mask.hidden, mask.visible), times, labels, scale)
+            prediction = predictions[head].float()
+            if head == "eps":
+                prediction = x0_from_eps(x_t, prediction, *rates)
             prediction = prediction.clamp(self.low, self.high)
-            return prediction if known is None else torch.where(known, truth, prediction)
+            if known is not None:
+                prediction = torch.where(known, truth, prediction)
+            if "variance" in predictions:
+                return prediction, (predictions["variance"].float() + 1) / 2
+            return prediction
 
         return denoise

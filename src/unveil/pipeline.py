@@ -1,31 +1,32 @@
-"""Repainting: clips and a mask in, clips out, for the command line, the contact sheet and every evaluation."""
+"""Repainting and generating: clips and a mask in, or classes, and clips out; for the command line and every evaluation."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.config import Clip, check_choice, nearest
-from unveil.masking import draw_mask, gather, group_rows, scatter, tokens_touched
-from unveil.model import MaskedDiffusionAutoencoder
-from unveil.sampling import ddim, ddpm
+from unveil.config import Clip, Predict, check_choice, nearest
+from unveil.masking import Mask, draw_mask, gather, group_rows, scatter, tokens_touched
+from unveil.model import Guidance, MaskedDiffusionAutoencoder
+from unveil.sampling import Denoise, by_scheduler, ddim, ddpm, dpmpp_2m
 from unveil.tokens import Grid, patchify
 
-Sampler = Literal["ddpm", "ddim"]
+Sampler = Literal["ddpm", "ddim", "dpmpp"]
+NUM_RESAMPLES = 10  # RePaint's (arXiv 2201.09865), for models that can be told of known pixels by replacement only
 
 
 class RowNoise:
     """Standard normal noise of (B, ...) in which row i of sample s depends on (seed, indices[i], s) alone, not on the batch."""
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        self._seed, self._indices = seed, indices
+        self.seed, self._indices = seed, indices
         self.begin(0)
 
     def begin(self, sample: int) -> None:
         """Start the streams of another sample."""
-        self._generators = [draws.generator(self._seed, i, sample, "sample") for i in self._indices]
+        self._generators = [draws.generator(self.seed, i, sample, "sample") for i in self._indices]
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self._generators]).to(x)
@@ -33,8 +34,8 @@ class RowNoise:
 
 def _check_can_paint(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
     """Refuse what the model was not trained for; hidden is (B, N)."""
-    name, branch = model.recipe.name, model.recipe.branch
-    if branch.patch_norm:
+    name, branch = model.recipe.name, model.recipe.branches[0]
+    if not model.can & {"repaint", "generate"}:
         raise ValueError(
             f"This {name} predicts patch-normalised values, whose brightness and contrast are unknown, so it cannot paint. "
             "Pre-train mae_raw or diffmae to repaint."
@@ -52,6 +53,53 @@ def _check_can_paint(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
         )
 
 
+def _holes_in_tokens(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check a mask, and return tokens with nothing under the holes (B, N, P), the holes' values (B, N, P), and the tokens
+    that any of them touches (B, N)."""
+    sizes = model.recipe.clip
+    if holes.shape != (len(clips), *clips.shape[2:]) or holes.dtype != torch.bool:
+        raise ValueError(
+            f"The mask is {tuple(holes.shape)} of {holes.dtype} for clips of {tuple(clips.shape)}; give "
+            f"{(len(clips), *clips.shape[2:])} of torch.bool, True where the picture is to be repainted."
+        )
+    hole_values = patchify(holes[:, None].expand(-1, sizes.channels, -1, -1, -1), sizes.patch_size, sizes.tubelet_size)
+    # what is under a hole must not matter, not even through a hidden token's own values
+    x0 = model.tokens(clips).masked_fill(hole_values, 0.0)
+    hidden = tokens_touched(holes, sizes.patch_size, sizes.tubelet_size)
+    _check_can_paint(model, hidden)
+    return x0, hole_values, hidden
+
+
+def _sample(
+    denoise: Denoise,
+    start: Tensor,
+    model: MaskedDiffusionAutoencoder,
+    sampler: Any,
+    times: Sequence[float],
+    noise: "RowNoise",
+    eta: float = 0.0,
+    num_resamples: int = 1,
+    on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    schedule = model.schedule
+    assert schedule is not None
+    if sampler == "ddpm":
+        return ddpm(denoise, start, schedule, times, noise, on_step, num_resamples=num_resamples)
+    if sampler == "ddim":
+        return ddim(denoise, start, schedule, times, on_step, eta=eta, noise=noise)
+    if sampler == "dpmpp":
+        return dpmpp_2m(denoise, start, schedule, times, on_step)
+    # it draws for the whole batch at once, so its noise depends on the batch
+    generator = draws.generator(noise.seed, "scheduler")
+    return by_scheduler(denoise, start, schedule, sampler, len(times) - 1, generator, on_step)
+
+
+def _check_sampler(owner: str, sampler: Any) -> None:
+    """One of ours by name, or an object with diffusers' scheduler interface."""
+    if not (hasattr(sampler, "set_timesteps") and hasattr(sampler, "step")):
+        check_choice(owner, "sampler", sampler, Sampler)
+
+
 @torch.inference_mode()
 def repaint(
     model: MaskedDiffusionAutoencoder,
@@ -64,12 +112,13 @@ def repaint(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     reimpose_known: bool = True,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
-    """Fill the holes of clips by conditional diffusion. The encoder runs once for each clip.
+    """Fill the holes of clips by conditional diffusion.
 
-    With num_steps=1 and "ddim" it is the single prediction at t = T, the mean of what could be there. A model without
-    noise (MAE) has only that one prediction.
+    DiffMAE's encoder sees the visible tokens and runs once for each clip. A model whose encoder sees the noise (DiT, UMD) is
+    told of them by replacement at every step, which is biased; so with "ddpm" each of its steps is done ten times over, as
+    RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
 
     Args:
         clips: (B, C, T, H, W) in [0, 1]. What lies under a hole is never read.
@@ -85,43 +134,146 @@ def repaint(
     Raises:
         ValueError: the mask does not fit the clips, or asks for what the model was not trained to do.
     """
-    sizes = model.recipe.clip
     check_choice("repaint", "sampler", sampler, Sampler)
-    if holes.shape != (len(clips), *clips.shape[2:]) or holes.dtype != torch.bool:
-        raise ValueError(
-            f"The mask is {tuple(holes.shape)} of {holes.dtype} for clips of {tuple(clips.shape)}; give "
-            f"{(len(clips), *clips.shape[2:])} of torch.bool, True where the picture is to be repainted."
-        )
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; ask for at least 1.")
-    hole_values = patchify(holes[:, None].expand(-1, sizes.channels, -1, -1, -1), sizes.patch_size, sizes.tubelet_size)
-    # what is under a hole must not matter, not even through a hidden token's own values
-    x0 = model.tokens(clips).masked_fill(hole_values, 0.0)
-    hidden = tokens_touched(holes, sizes.patch_size, sizes.tubelet_size)
-    _check_can_paint(model, hidden)
-    times = model.schedule.times(num_steps) if model.schedule else []
+    x0, hole_values, hidden = _holes_in_tokens(model, clips, holes)
+    if model.schedule is None:
+        return predict(model, clips, holes)[:, None].repeat(1, num_samples, 1, 1, 1, 1)
+    if model.recipe.noise_on == "visible":  # it has noise everywhere, and known is whatever is no hole
+        hidden = hidden.any(1, keepdim=True).expand_as(hidden)
+    times = model.schedule.times(num_steps)
     result = clips[:, None].repeat(1, num_samples, 1, 1, 1, 1)
-    for rows, mask in group_rows(hidden.cpu()):
+    # those with known values in hidden tokens draw more noise, so they go apart: a clip must not depend on its company
+    partly = (hidden[..., None] & ~hole_values).flatten(1).any(1).cpu()
+    kinds = (partly.nonzero().flatten(), (~partly).nonzero().flatten())
+    groups = [(kind[rows], mask) for kind in kinds for rows, mask in group_rows(hidden.cpu()[kind])]
+    for rows, mask in groups:
         if mask.hidden.shape[1] == 0:
             continue
         rows, mask = rows.to(clips.device), mask.to(clips.device)
         known = ~gather(hole_values[rows], mask.hidden)
-        known = known if reimpose_known and known.any() else None
+        known = known if known.any() and (reimpose_known or model.recipe.noise_on == "visible") else None
         noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
         denoise = model.denoiser(x0[rows], mask, known, noise)
         step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
+        again = NUM_RESAMPLES if model.recipe.noise_on == "visible" and known is not None else 1
         for sample in range(num_samples):
             noise.begin(sample)
             start = noise(gather(x0[rows], mask.hidden))
-            if model.schedule is None:
-                painted = denoise(start, 0)
-            elif sampler == "ddpm":
-                painted = ddpm(denoise, start, model.schedule, times, noise, step)
-            else:
-                painted = ddim(denoise, start, model.schedule, times, step)
+            painted = _sample(denoise, start, model, sampler, times, noise, num_resamples=again, on_step=step)
             pixels = model.pixels(scatter(x0[rows], mask.hidden, painted)).clamp(0, 1)
             result[rows, sample] = torch.where(holes[rows][:, None], pixels, clips[rows])
     return result
+
+
+@torch.inference_mode()
+def predict(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, *, seed: int = 0) -> Tensor:
+    """The single prediction from the visible tokens, (B, C, T, H, W): a mean, so blurry, and the best in decibels.
+
+    Of a model with a clean branch it is that branch's; otherwise the prediction at the last time, from noise alone.
+    """
+    if not model.recipe.reconstructs:
+        return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed)[:, 0]
+    x0, _, hidden = _holes_in_tokens(model, clips, holes)
+    result = clips.clone()
+    for rows, mask in group_rows(hidden.cpu()):
+        if mask.hidden.shape[1] == 0:
+            continue
+        rows, mask = rows.to(clips.device), mask.to(clips.device)
+        painted = model.reconstruct(x0[rows], mask)
+        pixels = model.pixels(scatter(x0[rows], mask.hidden, painted)).clamp(0, 1)
+        result[rows] = torch.where(holes[rows][:, None], pixels, clips[rows])
+    return result
+
+
+def check_can_generate(model: MaskedDiffusionAutoencoder, labels: Tensor | None, guided: bool) -> None:
+    """Refuse what the model was not trained for.
+
+    Args:
+        labels: classes (B,), num_classes for "no class", or None.
+        guided: whether a guidance other than 1 is asked for.
+    """
+    recipe, num_classes = model.recipe, model.recipe.condition.num_classes
+    if "generate" not in model.can:
+        told = recipe.condition.time in ("token", "adaln")  # then only noise is missing
+        raise ValueError(
+            f"This {recipe.name} {recipe.size} cannot generate: it always saw a part of the clip. It can "
+            f"{' and '.join(sorted(model.can))}. "
+            + (
+                "Teach it by `unveil finetune-generator`."
+                if told
+                else "Train umd, dit, maskdit or umd_flow to generate."
+            )
+        )
+    if labels is not None and not num_classes:
+        raise ValueError(
+            f"This {recipe.name} {recipe.size} was trained without classes, so it cannot be asked for one. "
+            "Ask for pictures of no class, or give it classes by `unveil finetune-generator`."
+        )
+    if labels is not None and not bool(((labels >= 0) & (labels <= num_classes)).all()):
+        raise ValueError(
+            f"A class of {labels.min()} to {labels.max()} was asked for, but this model's are 0 to {num_classes - 1}."
+        )
+    if guided and (labels is None or not num_classes):
+        raise ValueError(
+            f"Guidance leads towards a class, but {'none was asked for' if num_classes else 'this model has none'}. "
+            "Use guidance 1, or " + ("ask for a class." if num_classes else "a model with classes.")
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: MaskedDiffusionAutoencoder,
+    indices: Sequence[int],
+    labels: Tensor | None = None,
+    *,
+    num_steps: int,
+    sampler: Any = "ddim",
+    eta: float = 0.0,
+    guidance: Guidance | None = None,
+    predict: Predict | None = None,
+    times: Sequence[float] | None = None,
+    seed: int = 0,
+    on_step: Callable[[float, Tensor], None] | None = None,
+) -> Tensor:
+    """Make whole clips from noise.
+
+    Args:
+        indices: the clips' numbers; the noise of clip i depends on (seed, i) alone, whatever the batch.
+        labels: classes (B,), num_classes for "no class"; None for a model without classes, or for no class.
+        sampler: "ddpm", "ddim" (with eta, 0 deterministic, 1 as DDPM) or "dpmpp"; or a scheduler with diffusers' interface,
+            which visits its own num_steps times and, if it draws noise, draws it for the whole batch.
+        guidance: scale at a time, from `unveil.sampling.guidance`; None for none.
+        predict: by which of the model's predictions, as `model.denoiser` explains.
+        times: which times to visit, in place of num_steps even ones.
+        on_step: called with (t, predicted tokens) at each step.
+
+    Returns:
+        (B, C, T, H, W) in [0, 1].
+
+    Raises:
+        ValueError: the model cannot generate, has no such class, or cannot be guided.
+    """
+    _check_sampler("generate", sampler)
+    check_can_generate(model, labels, guidance is not None)
+    assert model.schedule is not None
+    if not indices:
+        raise ValueError("No clip was asked for. Give at least one index.")
+    if times is None:
+        times = model.schedule.times(num_steps)
+    elif not isinstance(sampler, str):
+        raise ValueError("times were given with a scheduler, which visits its own. Give num_steps only.")
+    clip, device = model.recipe.clip, model.mean.device
+    x0 = torch.zeros(len(indices), clip.num_tokens, clip.token_dim, device=device)
+    everything = torch.arange(clip.num_tokens, device=device).expand(len(indices), -1)
+    mask = Mask(everything[:, :0], everything)
+    noise = RowNoise(seed, indices)
+    labels = None if labels is None else labels.to(device)
+    denoise = model.denoiser(x0, mask, labels=labels, guidance=guidance, predict=predict)
+    step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
+    made = _sample(denoise, noise(x0), model, sampler, times, noise, eta=eta, on_step=step)
+    return model.pixels(made).clamp(0, 1)
 
 
 NAMED_MASKS = {"random": 0.75, "center": 0.25, "tube": 0.75}
@@ -150,11 +302,6 @@ def named_holes(clip: Clip, mask: str, indices: Sequence[int], seed: int) -> Ten
         raise ValueError(f"The mask {mask!r} needs a share from 0 to 1, as in {name}:{NAMED_MASKS[name]}.")
     drawn = draw_mask(name, [draws.generator(seed, i, "evaluation mask") for i in indices], clip.grid, value)
     return pixels_of(drawn.flags(), clip.grid, clip.patch_size, clip.tubelet_size)
-
-
-def predict(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, *, seed: int = 0) -> Tensor:
-    """The single prediction at t = T, (B, C, T, H, W): a mean, so blurry, and the best in decibels."""
-    return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed)[:, 0]
 
 
 def masked_view(clips: Tensor, holes: Tensor, gray: float = 0.5) -> Tensor:

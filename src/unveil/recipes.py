@@ -2,6 +2,9 @@
 
 MAE       He et al. 2022, arXiv 2111.06377, and its official code
 DiffMAE   Wei et al. 2023, arXiv 2304.03283; no official code exists
+DiT       Peebles & Xie 2023, arXiv 2212.09748, and its official code
+MaskDiT   Zheng et al. 2024, arXiv 2306.09305, and its official code as it is described by others
+UMD       Hansen-Estruch et al. 2024, arXiv 2406.17688, and its official code; the `*_umd` are its authors' baselines
 """
 
 import dataclasses
@@ -10,19 +13,25 @@ import math
 from unveil.config import (
     Branch,
     Clip,
+    Condition,
     Decoder,
     DecoderKind,
     Encoder,
     Masking,
+    Network,
+    Predict,
     Recipe,
     Schedule,
     ScheduleKind,
-    Target,
+    Term,
+    TimeKind,
     Training,
+    Where,
     nearest,
 )
 
-# Ti to H are the ViT papers' sizes. Nano and Micro are ours, for pictures of 8 to 64 pixels on a CPU.
+# Ti to H are the ViT papers' sizes, and S to L those of DiT and UMD as well. Nano and Micro are ours, for pictures of 8
+# to 64 pixels on a CPU.
 ENCODERS = {
     "Nano": Encoder(embed_dim=96, depth=4, num_heads=4),
     "Micro": Encoder(embed_dim=144, depth=6, num_heads=3),
@@ -31,6 +40,7 @@ ENCODERS = {
     "B": Encoder(embed_dim=768, depth=12, num_heads=12),
     "L": Encoder(embed_dim=1024, depth=24, num_heads=16),
     "H": Encoder(embed_dim=1280, depth=32, num_heads=16),
+    "XL": Encoder(embed_dim=1152, depth=28, num_heads=16),  # DiT's
 }
 
 # (width, depth, heads). 512 x 8 with 16 heads is MAE's decoder for B, L and H; the others are our choice. That DiffMAE's
@@ -40,12 +50,18 @@ MAE_DECODER = (512, 8, 16)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Blocks of UMD's decoder, which is as wide as its encoder; those of S, B and L are the authors', the others our choice.
+UMD_DECODER_DEPTH = {"Nano": 2, "Micro": 2, "Ti": 4, "S": 4, "B": 4, "L": 8, "H": 8, "XL": 8}
+
 # Our choice, for thousands to tens of thousands of small pictures on a CPU or one GPU. Measured on digits (results/LOG.md).
 SMALL_TRAINING = Training(
-    epochs=100, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decay=0.999
+    epochs=100, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decays=(0.999,)
 )
 # Nano is for digits: eight pixels leave nothing to crop, and a mirrored 2 is no 2.
 NANO_TRAINING = dataclasses.replace(SMALL_TRAINING, crop_scale=1.0, flip=False)
+
+
+LABEL_DROPOUT = 0.1  # DiT's and UMD's, for models with classes; without it there is no guidance
 
 
 def stage_ends(encoder_depth: int, decoder_depth: int) -> tuple[int, ...]:
@@ -68,7 +84,13 @@ def _parse_size(size: str) -> tuple[str, int]:
 
 
 def _clip(
-    channels: int, frames: int, height: int, width: int | None, patch_size: int, tubelet_size: int, imagenet: bool
+    channels: int,
+    frames: int,
+    height: int,
+    width: int | None,
+    patch_size: int,
+    tubelet_size: int,
+    imagenet: bool = False,
 ) -> Clip:
     rgb = imagenet and channels == 3
     return Clip(
@@ -127,7 +149,15 @@ def mae(
         clip=_clip(channels, frames, height, width, patch_size, tubelet_size, imagenet=patch_norm),
         encoder=ENCODERS[name],
         decoder=_decoder(name, decoder),
-        branch=Branch(mask_ratio=mask_ratio, masking=masking, noise_on="none", patch_norm=patch_norm),
+        condition=Condition(),
+        branches=(
+            Branch(
+                mask_ratio=mask_ratio,
+                masking=masking,
+                noise_on="none",
+                terms=(Term(predict="x0", on="hidden", patch_norm=patch_norm),),
+            ),
+        ),
         schedule=None,
         training=_training(name, epochs=800),
     )
@@ -144,7 +174,7 @@ def diffmae(
     mask_ratio: float = 0.75,
     masking: Masking = "random",
     decoder: DecoderKind = "cross_self",
-    target: Target = "x0",
+    target: Predict = "x0",
     schedule: ScheduleKind = "linear",
     rho: float = 0.8,
 ) -> Recipe:
@@ -161,15 +191,15 @@ def diffmae(
     """
     name, patch_size = _parse_size(size)
     noisy_encoder = mask_ratio == 0
+    on: Where = "visible" if noisy_encoder else "hidden"
     return Recipe(
         name="diffmae",
         size=size,
         clip=_clip(channels, frames, height, width, patch_size, tubelet_size, imagenet=False),
         encoder=ENCODERS[name],
         decoder=None if noisy_encoder else _decoder(name, decoder),
-        branch=Branch(
-            mask_ratio=mask_ratio, masking=masking, noise_on="visible" if noisy_encoder else "hidden", target=target
-        ),
+        condition=Condition(time="add"),
+        branches=(Branch(mask_ratio=mask_ratio, masking=masking, noise_on=on, terms=(Term(predict=target, on=on),)),),
         schedule=Schedule(kind=schedule, rho=rho),
         training=_training(name, epochs=1600),
     )
@@ -180,4 +210,358 @@ def mae_raw(size: str = "B/16", **fields: object) -> Recipe:
     return mae(size, patch_norm=False, **fields)  # type: ignore[arg-type]
 
 
-RECIPES = {"diffmae": diffmae, "mae": mae, "mae_raw": mae_raw}
+# DiT's blocks: adaLN on norms without parameters, and predictions that start at zero.
+DIT_NETWORK = Network(norm="layer_fixed", mlp="gelu_tanh", head_init="zeros")
+
+
+def _small_generative_training(name: str) -> Training:
+    """Our choice: as for the other small recipes, but crops keep 80 % as UMD's do, for a generator paints what it is shown."""
+    return NANO_TRAINING if name == "Nano" else dataclasses.replace(SMALL_TRAINING, crop_scale=0.8)
+
+
+def _dit_training(name: str, epochs: int, batch_size: int) -> Training:
+    """DiT's and MaskDiT's: AdamW at 1e-4 throughout, no decay, EMA of 0.9999, whole pictures, half of them mirrored."""
+    if name in ("Nano", "Micro"):
+        return dataclasses.replace(_small_generative_training(name), label_dropout=LABEL_DROPOUT)
+    return Training(
+        epochs=epochs,
+        batch_size=batch_size,
+        base_lr=1e-4 * 256 / batch_size,
+        warmup_epochs=0,
+        lr_schedule="constant",
+        beta2=0.999,
+        weight_decay=0.0,
+        crop_scale=1.0,
+        label_dropout=LABEL_DROPOUT,
+    )
+
+
+def dit(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+    num_classes: int = 0,
+) -> Recipe:
+    """A diffusion transformer: every token carries noise, eps and the sampler's variance are predicted.
+
+    Linear betas, eps with learned variance by the hybrid loss, fixed sin-cos positions, adaLN-zero with the class beside
+    the time, batch 256 at 1e-4, 1,400 epochs (7 million steps): official code and its README. Published for latents of an
+    auto-encoder with patches of 2; pixels at this geometry are our choice, which makes it comparable with UMD.
+    """
+    name, patch_size = _parse_size(size)
+    return Recipe(
+        name="dit",
+        size=size,
+        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        encoder=dataclasses.replace(ENCODERS[name], num_class_tokens=0),
+        decoder=None,
+        network=DIT_NETWORK,
+        condition=Condition(time="adaln", num_classes=num_classes),
+        branches=(
+            Branch(
+                mask_ratio=0.0,
+                noise_on="visible",
+                terms=(Term(predict="eps", on="visible"), Term(predict="variance", on="visible")),
+            ),
+        ),
+        schedule=Schedule(kind="linear"),
+        training=_dit_training(name, epochs=1400, batch_size=256),
+    )
+
+
+def maskdit(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+    num_classes: int = 0,
+) -> Recipe:
+    """A masked diffusion transformer: half the tokens carry noise, the other half's noisy values are guessed.
+
+    eps on visible tokens, 0.1 times patch-normalised noisy values on hidden ones, a decoder of 512 x 8 behind an adaLN
+    bridge, batch 1,024 at 1e-4, 2 million steps (1,600 epochs): official code, as others describe it. Our choice: a
+    prediction of its own for the noisy values.
+    # Differs from MaskDiT: DDPM's eps on linear betas; because its EDM preconditioning is known to fail for patches as
+    # large as pixels need (JiT, arXiv 2511.13720, table 10), and then it compares with DiT.
+    """
+    name, patch_size = _parse_size(size)
+    return Recipe(
+        name="maskdit",
+        size=size,
+        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        encoder=dataclasses.replace(ENCODERS[name], num_class_tokens=0),
+        decoder=_decoder(name, "joint"),
+        network=DIT_NETWORK,
+        condition=Condition(time="adaln", num_classes=num_classes),
+        branches=(
+            Branch(
+                mask_ratio=0.5,
+                noise_on="visible",
+                terms=(
+                    Term(predict="eps", on="visible"),
+                    Term(predict="noisy", on="hidden", weight=0.1, patch_norm=True),
+                ),
+            ),
+        ),
+        schedule=Schedule(kind="linear"),
+        training=_dit_training(name, epochs=1600, batch_size=1024),
+    )
+
+
+def _umd_training(name: str, batch_size: int = 1024) -> Training:
+    """The authors' config: norms decay too, gradients clipped, no running average; 40 of 800 epochs of warm-up."""
+    if name in ("Nano", "Micro"):
+        return _small_generative_training(name)
+    return Training(
+        epochs=800,
+        batch_size=batch_size,
+        base_lr=1.5e-4,
+        warmup_epochs=40,
+        decay_norms=True,
+        grad_clip=1.0,
+        crop_scale=0.8,
+        ema_decays=(),
+    )
+
+
+def _umd_branches(clean_share: float, mask_ratio: float) -> tuple[Branch, ...]:
+    """UMD's two: clean with 75 % hidden, and noisy with mask_ratio hidden; eps where there is noise, x0 elsewhere."""
+    elsewhere: Where = "hidden" if mask_ratio else "visible"
+    noisy = Branch(
+        share=1 - clean_share,
+        mask_ratio=mask_ratio,
+        noise_on="visible",
+        terms=(Term(predict="eps", on="visible", weight=0.5), Term(predict="x0", on=elsewhere, weight=0.5)),
+    )
+    if not clean_share:
+        return (noisy,)
+    clean = Branch(share=clean_share, mask_ratio=0.75, noise_on="none", terms=(Term(predict="x0", on="hidden"),))
+    return clean, noisy
+
+
+def _umd(
+    method: str,
+    size: str,
+    shape: tuple[int, int, int, int | None, int],
+    branches: tuple[Branch, ...],
+    *,
+    time: TimeKind = "adaln",
+    faithful: bool = False,
+    batch_size: int = 1024,
+) -> Recipe:
+    name, patch_size = _parse_size(size)
+    channels, frames, height, width, tubelet_size = shape
+    encoder = ENCODERS[name]
+    noisy = any(branch.noise_on == "visible" for branch in branches)
+    return Recipe(
+        name=f"{method}_faithful" if faithful else method,
+        size=size,
+        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        encoder=dataclasses.replace(encoder, num_class_tokens=4, class_token_init="zeros" if faithful else "normal"),
+        decoder=Decoder(
+            kind="joint",
+            embed_dim=encoder.embed_dim,
+            depth=UMD_DECODER_DEPTH[name],
+            num_heads=encoder.num_heads,
+            taps=(encoder.depth,),
+            summary="mean",
+        ),
+        network=Network(mlp="gelu_tanh", positions="learned", head_init="normal"),
+        condition=Condition(time=time, trunk="wide"),
+        branches=branches,
+        schedule=Schedule(kind="cosine") if noisy else None,
+        training=_umd_training(name, batch_size),
+    )
+
+
+def umd(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+    faithful: bool = False,
+) -> Recipe:
+    """Unified masked diffusion: half the clips clean and 75 % hidden, half noisy and 37.5 % hidden.
+
+    Everything from the authors' code: cosine betas, x0 on hidden tokens and eps on visible ones at equal weight, a decoder
+    as wide as the encoder that is given the mean of four class tokens, learned positions, adaLN-zero in every block.
+
+    Args:
+        faithful: start the class tokens at zero, as the authors' code does, so that the four stay one for ever.
+            # Differs from UMD's code when False: they start at N(0, 0.02); because four equal tokens are one.
+    """
+    shape = (channels, frames, height, width, tubelet_size)
+    return _umd("umd", size, shape, _umd_branches(0.5, 0.375), faithful=faithful)
+
+
+def dit_umd(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+) -> Recipe:
+    """DiT as UMD's authors trained theirs: their network, nothing hidden, half eps and half x0 on every token."""
+    return _umd("dit_umd", size, (channels, frames, height, width, tubelet_size), _umd_branches(0.0, 0.0))
+
+
+def maskdit_umd(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+) -> Recipe:
+    """MaskDiT as UMD's authors trained theirs: their network, half hidden, clean values on the hidden tokens."""
+    return _umd("maskdit_umd", size, (channels, frames, height, width, tubelet_size), _umd_branches(0.0, 0.5))
+
+
+def mae_umd(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+    faithful: bool = False,
+) -> Recipe:
+    """MAE as UMD's authors meant theirs: their network, time as a token that always says clean, raw pixels, batch 4,096.
+
+    Args:
+        faithful: what the published command trains instead: it leaves the noisy branch on, so it is UMD without adaLN.
+    """
+    shape = (channels, frames, height, width, tubelet_size)
+    branches = _umd_branches(0.5, 0.375) if faithful else _umd_branches(0.5, 0.375)[:1]
+    if not faithful:
+        branches = (dataclasses.replace(branches[0], share=1.0),)
+    return _umd("mae_umd", size, shape, branches, time="token", faithful=faithful, batch_size=4096)
+
+
+def umd_flow(
+    size: str = "B/4",
+    *,
+    channels: int = 3,
+    frames: int = 1,
+    height: int = 64,
+    width: int | None = None,
+    tubelet_size: int = 1,
+) -> Recipe:
+    """UMD with one prediction, our own variant after JiT (arXiv 2511.13720): clean values everywhere, on a straight flow.
+
+    Visible tokens are measured as velocities, hidden ones plainly; the clean branch is t = 0 exactly. Logit-normal times,
+    RMSNorm, SwiGLU, qk-norm, rotary positions that are gathered with the mask, and eight tokens that carry the class from
+    the second third of the encoder on: JiT's, whose own counts are 32 from block 4 of 12. Our choice: everything of UMD's
+    that is not named here, rotary in the decoder too, and equal weights.
+    """
+    recipe = umd(size, channels=channels, frames=frames, height=height, width=width, tubelet_size=tubelet_size)
+    clean, noisy = recipe.branches
+    terms = (
+        Term(predict="x0", on="visible", weight=0.5, space="v"),
+        Term(predict="x0", on="hidden", weight=0.5),
+    )
+    return dataclasses.replace(
+        recipe,
+        name="umd_flow",
+        network=Network(norm="rms", mlp="swiglu", qk_norm=True, positions="rotary", head_init="zeros"),
+        condition=Condition(
+            time="adaln", trunk="wide", label_tokens=8, label_tokens_from=recipe.encoder.depth // 3 + 1
+        ),
+        branches=(clean, dataclasses.replace(noisy, terms=terms)),
+        schedule=Schedule(kind="flow"),
+    )
+
+
+def generator(recipe: Recipe, num_classes: int) -> Recipe:
+    """A pre-trained recipe as its class-conditional generator: labels, nothing hidden, 5 % clean clips if it had some.
+
+    UMD's authors' fine-tuning for every method of this family: batch 256 at 1.5e-4 for 50 epochs with 2 of warm-up, beta2
+    0.999, no decay, a tenth of the labels dropped, crops of at least 95 %, EMA (its decay is our choice). Only its own
+    clips are clean: MAE and UMD keep a 5 % share, DiT and MaskDiT have none.
+
+    Raises:
+        ValueError: the recipe has no place where noise and classes could enter.
+    """
+    told = recipe.condition
+    if told.time not in ("token", "adaln"):
+        raise ValueError(
+            f"{recipe.name} tells its encoder no time (time={told.time!r}), so it cannot become a generator. "
+            "Pre-train umd, umd_flow, dit, maskdit, or one of dit_umd, maskdit_umd, mae_umd."
+        )
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}; a class-conditional generator has at least one class.")
+    clean = recipe.branch_on("none")
+    noisy = recipe.branch_on("visible")
+    terms = (
+        [Term(predict=t.predict, on="visible", weight=t.weight, space=t.space) for t in noisy.terms] if noisy else []
+    )
+    unique: dict[str, Term] = {}
+    for term in terms:
+        if term.predict != "noisy":
+            unique.setdefault(term.predict, term)  # the first of each, which is the one on visible tokens
+    if noisy is None or set(unique) == {"eps", "x0"}:
+        whole = _umd_branches(0.0, 0.0)[0].terms
+    else:
+        whole = tuple(dataclasses.replace(term, weight=1.0) for term in unique.values())
+    share = 0.05 if clean else 0.0
+    branches = (
+        *([dataclasses.replace(clean, share=share)] if clean else []),
+        Branch(share=1 - share, mask_ratio=0.0, noise_on="visible", terms=whole),
+    )
+    small = recipe.encoder.embed_dim < ENCODERS["Ti"].embed_dim  # whatever batch it was pre-trained with
+    training = Training(
+        epochs=50,
+        batch_size=64 if small else 256,
+        base_lr=SMALL_TRAINING.base_lr if small else 1.5e-4,
+        warmup_epochs=1 if small else 2,
+        beta2=0.999,
+        weight_decay=0.0,
+        decay_norms=recipe.training.decay_norms,
+        grad_clip=1.0,
+        crop_scale=1.0 if recipe.training.crop_scale == 1 else 0.95,
+        flip=recipe.training.flip,
+        label_dropout=LABEL_DROPOUT,
+        ema_decays=(0.999,) if small else (0.9999,),
+    )
+    return dataclasses.replace(
+        recipe,
+        name=recipe.name if recipe.name.endswith("_finetune") else f"{recipe.name}_finetune",
+        condition=dataclasses.replace(told, num_classes=num_classes),
+        branches=branches,
+        schedule=recipe.schedule or Schedule(kind="cosine"),
+        training=training,
+    )
+
+
+def umd_finetune(size: str = "B/4", *, num_classes: int = 1000, faithful: bool = False, **shape: int) -> Recipe:
+    """UMD as a class-conditional generator: `generator` of `umd`."""
+    return generator(umd(size, faithful=faithful, **shape), num_classes)
+
+
+RECIPES = {
+    "diffmae": diffmae,
+    "mae": mae,
+    "mae_raw": mae_raw,
+    "dit": dit,
+    "maskdit": maskdit,
+    "umd": umd,
+    "umd_flow": umd_flow,
+    "dit_umd": dit_umd,
+    "maskdit_umd": maskdit_umd,
+    "mae_umd": mae_umd,
+    "umd_finetune": umd_finetune,
+}

@@ -141,9 +141,9 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
         elif a != b:
             yield f"{where} was {a!r} and is now {b!r}"
 
-    for part in ("recipe", "data", "seed", "num_samples"):
+    for part in ("recipe", "data", "seed", "num_samples", "start"):
         # through JSON, so that tuples compare as the lists they were written as
-        for difference in differences(before.get(part), json.loads(json.dumps(config[part])), part):
+        for difference in differences(before.get(part), json.loads(json.dumps(config.get(part))), part):
             raise ValueError(
                 f"{out} holds another run: {difference}. Choose another directory; only a run of the same settings goes on, "
                 "because its learning rate is planned for them."

@@ -5,6 +5,8 @@ D width, R class tokens, K classes. Tokens are ordered by (time, row, column); t
 (time, row, column, channel), as in MAE.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,3 +77,20 @@ def sincos_positions(embed_dim: int, grid: Grid) -> Tensor:
     space = torch.cat([_sincos(embed_dim // 2, columns.flatten()), _sincos(embed_dim // 2, rows.flatten())], dim=1)
     time = _sincos(embed_dim, torch.arange(t))
     return (space[None] + (time - time[:1])[:, None]).reshape(t * h * w, embed_dim).float()
+
+
+def rotary_angles(head_dim: int, grid: Grid, theta: float = 100.0) -> Tensor:
+    """By how much rotary attention turns each value of a head at each token, (N, head_dim) float64.
+
+    Pairs of values are dealt in turn to the axes that have more than one place (time, row, column), so that a picture
+    spends half on rows and half on columns. Values j and j + head_dim / 2 are a pair and have the same angle.
+    Our choice: theta = 100, as the axes of a picture have tens of places and not thousands.
+    """
+    axes = [(axis, size) for axis, size in enumerate(grid) if size > 1] or [(2, 1)]
+    places = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid)).reshape(-1, 3)
+    half = head_dim // 2
+    angles = torch.zeros(len(places), half, dtype=torch.float64)
+    for j in range(half):
+        axis, _ = axes[j % len(axes)]
+        angles[:, j] = places[:, axis] * theta ** -(j // len(axes) / math.ceil(half / len(axes)))
+    return torch.cat([angles, angles], dim=1)

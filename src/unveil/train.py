@@ -1,34 +1,36 @@
-"""The training loop: one optimiser, one running average, saves to resume from."""
+"""The training loop: one optimiser, running averages, saves to resume from."""
 
 import dataclasses
 import json
 import math
+import shlex
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unveil import __version__
-from unveil.checkpoint import WEIGHTS, About, save_weights, write_atomically
-from unveil.config import Recipe, to_dict
-from unveil.data import Batch, Order, Samples, batches
-from unveil.losses import Objective, draw
-from unveil.masking import draw_mask, scatter
+from unveil.checkpoint import LAST, WEIGHTS, About, pick_device, save_weights, write_atomically
+from unveil.config import LrSchedule, Recipe, Training, to_dict
+from unveil.data import Batch, Order, Samples, Source, batches, decoded_bytes
+from unveil.losses import Draws, Objective, draw
+from unveil.masking import draw_mask, gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import masked_view, pixels_of, predict, repaint
+from unveil.pipeline import generate, masked_view, pixels_of, predict, repaint
 from unveil.report import contact_sheet, save_png
 from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, check_same_run, interruptible, last_loss, lock
 from unveil.tokens import patch_statistics
 
 Precision = Literal["fp32", "bf16"]
-ADAM_BETAS = (0.9, 0.95)  # MAE, main_pretrain.py
-WEIGHT_DECAY = 0.05  # MAE, main_pretrain.py; not on biases, norms and the class token
+ADAM_BETA1 = 0.9
+CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
 SHEET_STEPS = 20
 SHEET_SAMPLES = 8
 
@@ -39,6 +41,8 @@ class Run:
     its last digits.
 
     save_minutes: time between saves; one more is made at the end and when the run is interrupted.
+    classes: the names of the classes, for a recipe that has them.
+    start: the weights that it starts from, as given by the user; None for drawn ones.
     """
 
     data: str
@@ -50,6 +54,43 @@ class Run:
     compile: bool = False
     save_minutes: float = 2.0
     command: str = ""
+    classes: tuple[str, ...] = ()
+    start: str | None = None
+
+
+class TrainingOptions(Protocol):
+    """What a user may say of any training; None is the recipe's own, or what fits the data and the machine."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def out(self) -> Path: ...
+    @property
+    def epochs(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int | None: ...
+    @property
+    def blr(self) -> float | None: ...
+    @property
+    def warmup_epochs(self) -> float | None: ...
+    @property
+    def crop_scale(self) -> float | None: ...
+    @property
+    def flip(self) -> bool | None: ...
+    @property
+    def ema_decays(self) -> tuple[float, ...] | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def workers(self) -> int | None: ...
+    @property
+    def device(self) -> str | None: ...
+    @property
+    def precision(self) -> Precision | None: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def save_minutes(self) -> float: ...
 
 
 @dataclass
@@ -63,19 +104,73 @@ class Progress:
     images_per_second: float
 
 
-def optimizer_for(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW; no weight decay on one-dimensional parameters, class and mask tokens, as MAE has it."""
+def planned(training: Training, options: TrainingOptions) -> Training:
+    """A recipe's training with what the user says in its place."""
+    given = {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "base_lr": options.blr,
+        "warmup_epochs": options.warmup_epochs,
+        "crop_scale": options.crop_scale,
+        "flip": options.flip,
+        "ema_decays": options.ema_decays,
+    }
+    return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
+
+
+def prepare(
+    recipe: Recipe, source: Source, options: TrainingOptions, classes: tuple[str, ...] = (), start: str | None = None
+) -> tuple[Recipe, Samples, Run]:
+    """What `train` needs for a user's options: pictures are kept in memory if they fit, and are otherwise read by one worker
+    for each core; a batch whose size the user did not give is no larger than the data.
+
+    Raises:
+        ValueError: an option is out of its range, or the device cannot be used.
+    """
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
+    if not options.save_minutes >= 0:
+        raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
+    fits = decoded_bytes(source) < CACHE_LIMIT
+    workers = options.workers
+    if workers is None:
+        workers = 0 if fits else min(torch.get_num_threads(), len(source))
+    if len(source) < recipe.training.batch_size and options.batch_size is None:
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(source)))
+    device = pick_device(options.device)
+    run = Run(
+        data=options.data,
+        out=options.out,
+        seed=options.seed,
+        workers=workers,
+        device=device,
+        precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
+        compile=options.compile,
+        save_minutes=options.save_minutes,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        classes=classes,
+        start=start,
+    )
+    samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
+    return recipe, samples, run
+
+
+def optimizer_for(model: nn.Module, training: Training) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, class and mask tokens, and norms unless the recipe decays them (UMD does)."""
     decay, plain = [], []
     for name, parameter in model.named_parameters():
-        (plain if parameter.ndim <= 1 or name.endswith("_token") else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=True)
+        spared = name.endswith(("_token", "bias")) or (parameter.ndim <= 1 and not training.decay_norms)
+        (plain if spared else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
 
 
-def lr_factor(step: int, num_steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then half a cosine to 0."""
+def lr_factor(step: int, num_steps: int, warmup_steps: int, schedule: LrSchedule = "cosine") -> float:
+    """Linear warm-up, then half a cosine to 0, or 1 throughout."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
@@ -93,57 +188,63 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0) -> Any:
-    """The contact sheet of a model: the truth, what is left of it, and what the model makes of the rest."""
-    recipe = model.recipe
-    branch, sizes = recipe.branch, recipe.clip
+    """The contact sheet of a model: the truth, what is left of it, what it makes of the rest and of nothing."""
+    recipe, sizes = model.recipe, model.recipe.clip
+    rows = [("truth", list(clips))]
+    noisy = recipe.branch_on("hidden")
+    branch = recipe.branch_on("none") or (noisy if noisy and noisy.mask_ratio < 1 else None)
+    if branch is not None:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
+        mask = draw_mask(branch.masking, generators, sizes.grid, branch.mask_ratio).to(clips.device)
+        holes = pixels_of(mask.flags(), sizes.grid, sizes.patch_size, sizes.tubelet_size)
+        rows.append((f"what the encoder sees ({branch.mask_ratio:.0%} hidden)", list(masked_view(clips, holes))))
+        if "repaint" not in model.can:
+            with torch.inference_mode():
+                x0 = model.tokens(clips)
+                prediction = model(gather(x0, mask.visible), mask)["hidden"]["x0"].float()
+                mean, std = patch_statistics(gather(x0, mask.hidden))
+                painted = model.pixels(scatter(x0, mask.hidden, prediction * std + mean))
+            rows.append(
+                ("prediction, with each patch's true brightness and contrast (target is normalised)", list(painted))
+            )
+        elif recipe.reconstructs:
+            rows.append(("prediction", list(predict(model, clips, holes))))
+        else:
+            rows.append(
+                (
+                    f"prediction at t = {model.schedule.end if model.schedule else 0} (one step)",
+                    list(predict(model, clips, holes)),
+                )
+            )
+            samples = repaint(model, clips, holes, num_steps=SHEET_STEPS, seed=seed, num_samples=2)
+            for i in range(2):
+                rows.append((f"sample {i + 1}, {SHEET_STEPS} DDPM steps", list(samples[:, i])))
     if "generate" in model.can:
-        holes = torch.ones(len(clips), *clips.shape[2:], dtype=torch.bool, device=clips.device)
-        made = repaint(model, clips, holes, num_steps=SHEET_STEPS, sampler="ddim", seed=seed)[:, 0]
-        return contact_sheet([("data", list(clips)), (f"generated from nothing, {SHEET_STEPS} DDIM steps", list(made))])
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
-    mask = draw_mask(branch.masking, generators, sizes.grid, branch.mask_ratio).to(clips.device)
-    holes = pixels_of(mask.flags(), sizes.grid, sizes.patch_size, sizes.tubelet_size)
-    rows = [
-        ("truth", list(clips)),
-        (f"what the encoder sees ({branch.mask_ratio:.0%} hidden)", list(masked_view(clips, holes))),
-    ]
-    if branch.patch_norm:
-        with torch.inference_mode():
-            x0 = model.tokens(clips)
-            prediction = model(x0.gather(1, mask.visible[..., None].expand(-1, -1, x0.shape[-1])), mask).float()
-            mean, std = patch_statistics(x0.gather(1, mask.hidden[..., None].expand_as(prediction)))
-            painted = model.pixels(scatter(x0, mask.hidden, prediction * std + mean))
-        rows.append(
-            ("prediction, with each patch's true brightness and contrast (target is normalised)", list(painted))
-        )
-    elif model.schedule is None:
-        rows.append(("prediction", list(predict(model, clips, holes, seed=seed))))
-    else:
-        rows.append((f"prediction at t = {model.schedule.num_steps} (one step)", list(predict(model, clips, holes))))
-        samples = repaint(model, clips, holes, num_steps=SHEET_STEPS, seed=seed, num_samples=2)
-        for i in range(2):
-            rows.append((f"sample {i + 1}, {SHEET_STEPS} DDPM steps", list(samples[:, i])))
+        labels, of = None, "nothing"
+        if recipe.condition.num_classes:
+            labels = torch.arange(len(clips)) % recipe.condition.num_classes
+            of = f"classes {', '.join(str(label) for label in labels.tolist())}"
+        made = generate(model, range(len(clips)), labels, num_steps=SHEET_STEPS, seed=seed)
+        rows.append((f"generated from {of}, {SHEET_STEPS} DDIM steps", list(made)))
     return contact_sheet(rows)
 
 
 class Trainer:
     """State of a run between steps: everything that a resumed run needs to go on exactly as it would have."""
 
-    def __init__(self, recipe: Recipe, samples: Samples, run: Run) -> None:
+    def __init__(self, recipe: Recipe, samples: Samples, run: Run, initial: Mapping[str, Tensor] | None = None) -> None:
         self.recipe, self.samples, self.run = recipe, samples, run
-        training, branch = recipe.training, recipe.branch
-        mask = draw_mask(branch.masking, [torch.Generator()], recipe.clip.grid, branch.mask_ratio)
-        hidden, total = mask.hidden.shape[1], recipe.clip.num_tokens
-        if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
-            raise ValueError(
-                f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller patches."
-            )
+        training = recipe.training
+        self._check_branches(min(training.batch_size, len(samples)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self.model = MaskedDiffusionAutoencoder(recipe).to(run.device)
-        self.average = running_average(self.model, training.ema_decay)
+            self.model = MaskedDiffusionAutoencoder(recipe)
+        if initial is not None:
+            self.model.load_state_dict({**self.model.state_dict(), **initial})
+        self.model.to(run.device)
+        self.averages = nn.ModuleList(running_average(self.model, decay) for decay in training.ema_decays)
         self.objective = Objective(self.model)
-        self.optimizer = optimizer_for(self.model, training.lr)
+        self.optimizer = optimizer_for(self.model, training)
         self.loader = batches(
             samples,
             training.batch_size,
@@ -165,6 +266,44 @@ class Trainer:
         self.notes: dict[int, str] = {}
         self.sheet_clips: Tensor | None = None
 
+    def _check_branches(self, batch_size: int) -> None:
+        """Refuse a mask that rounds to nothing or everything, and a batch too small to give every branch a clip."""
+        for branch in self.recipe.branches:
+            clip = self.recipe.clip
+            mask = draw_mask(branch.masking, [torch.Generator()], clip.grid, branch.mask_ratio)
+            hidden, total = mask.hidden.shape[1], clip.num_tokens
+            if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
+                raise ValueError(
+                    f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller "
+                    "patches."
+                )
+            if branch.share * batch_size < 1:
+                raise ValueError(
+                    f"batch_size={batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
+                    f"without a clip in some steps. Use a batch of at least {math.ceil(1 / branch.share)}."
+                )
+
+    @property
+    def best(self) -> MaskedDiffusionAutoencoder:
+        """The weights for use: the first running average, or the model as trained if there is none."""
+        model = self.averages[0].module if len(self.averages) else self.model
+        assert isinstance(model, MaskedDiffusionAutoencoder)
+        return model
+
+    def draws(self, batch: Batch) -> Draws:
+        """What the current step draws for a batch."""
+        assert isinstance(self.order, Order)
+        epoch, indices = self.step // self.steps_per_epoch, batch.indices.tolist()
+        return draw(
+            self.recipe,
+            self.model.schedule,
+            self.run.seed,
+            epoch,
+            indices,
+            places=self.order.places(epoch)[batch.indices].tolist(),
+            labels=batch.labels,
+        )
+
     def epochs(self) -> Iterator[Batch]:
         """Batches from the current step to the end, the order of each epoch fixed by the seed."""
         assert isinstance(self.order, Order)
@@ -175,10 +314,15 @@ class Trainer:
 
     def lr(self) -> float:
         """The learning rate of the current step."""
-        return self.recipe.training.lr * lr_factor(self.step, self.num_steps, self.warmup_steps)
+        return self.recipe.training.lr * lr_factor(
+            self.step, self.num_steps, self.warmup_steps, self.recipe.training.lr_schedule
+        )
 
     def save(self) -> None:
-        """Write the state to resume from, the averaged weights, the contact sheet, and what was wrong with the data."""
+        """Write the state to resume from, weights and averages, the contact sheet, and what was wrong with the data.
+
+        The first average is the file for use; the others, and the weights as trained, lie beside it.
+        """
         out, run = self.run.out, self.run
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(
@@ -187,15 +331,27 @@ class Trainer:
             )
         state = {
             "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
+            "averages": self.averages.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "images_seen": self.images_seen,
             "problems": self.problems,
             "notes": self.notes,
         }
-        about = About(step=self.step, images_seen=self.images_seen, ema=True, data=run.data, command=run.command)
-        save_weights(out / WEIGHTS, self.recipe, self.average.module.state_dict(), about)
+        about = About(
+            step=self.step,
+            images_seen=self.images_seen,
+            ema_decay=None,
+            data=run.data,
+            classes=run.classes,
+            command=run.command,
+        )
+        decays = self.recipe.training.ema_decays
+        save_weights(out / (LAST if decays else WEIGHTS), self.recipe, self.model.state_dict(), about)
+        for i, (decay, average) in enumerate(zip(decays, self.averages, strict=True)):
+            name = WEIGHTS if i == 0 else f"ema-{decay:g}.safetensors"
+            weights = average.module.state_dict()  # type: ignore[union-attr]
+            save_weights(out / name, self.recipe, weights, dataclasses.replace(about, ema_decay=decay))
         source = self.samples.source
         problems = [{"where": where, "used": False, "what": reason} for where, reason in sorted(self.problems.items())]
         problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
@@ -207,8 +363,7 @@ class Trainer:
     def paint_sheet(self) -> None:
         if self.sheet_clips is None:
             return
-        model = self.average.module.eval()
-        save_png(self.run.out / SHEET, what_it_sees(model, self.sheet_clips))  # type: ignore[arg-type]
+        save_png(self.run.out / SHEET, what_it_sees(self.best.eval(), self.sheet_clips))
 
     def load(self) -> bool:
         """Take up the last save of this directory, if there is one."""
@@ -217,7 +372,7 @@ class Trainer:
             return False
         try:
             state = torch.load(path, map_location=self.run.device, weights_only=True)
-            for name in ("model", "average", "optimizer"):
+            for name in ("model", "averages", "optimizer"):
                 getattr(self, name).load_state_dict(state[name])
             self.step, self.images_seen = state["step"], state["images_seen"]
             self.problems |= state["problems"]
@@ -236,11 +391,18 @@ class Trainer:
             self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
 
 
-def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    samples: Samples,
+    run: Run,
+    on_progress: Any = None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Pre-train, or go on with the run that run.out holds.
 
     Args:
         samples: of the recipe's clip, with its training section for augmentation.
+        initial: tensors to start from in place of the drawn ones, by name; not all need be given.
         on_progress: called with a `Progress` about once a second, and at every save.
 
     Returns:
@@ -255,12 +417,13 @@ def train(recipe: Recipe, samples: Samples, run: Run, on_progress: Any = None) -
         "data": run.data,
         "seed": run.seed,
         "num_samples": len(samples),
+        "start": run.start,
         "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
         "version": __version__,
     }
     check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
     with lock(run.out), interruptible() as interrupted:
-        trainer = Trainer(recipe, samples, run)
+        trainer = Trainer(recipe, samples, run, initial)
         resumed = trainer.load()
         if not resumed:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
@@ -315,16 +478,18 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         trainer.note(batch)
         unreadable = 0 if batch.clips is not None else unreadable + 1
         if batch.clips is not None:
-            epoch = trainer.step // trainer.steps_per_epoch
-            drawn = draw(recipe, trainer.model.schedule, run.seed, epoch, batch.indices.tolist()).to(device)
+            drawn = trainer.draws(batch).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 value, _ = objective(batch.clips.to(device, non_blocking=True), drawn)
             trainer.optimizer.zero_grad(set_to_none=True)
             value.backward()
+            if recipe.training.grad_clip is not None:
+                nn.utils.clip_grad_norm_(trainer.model.parameters(), recipe.training.grad_clip)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = trainer.lr()
             trainer.optimizer.step()
-            trainer.average.update_parameters(trainer.model)
+            for average in trainer.averages:
+                average.update_parameters(trainer.model)  # type: ignore[operator]
             losses.append(value.detach())
             images += len(batch.clips)
             trainer.images_seen += len(batch.clips)
@@ -335,7 +500,7 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         if losses and (saving or now - last_told > 1.0):
             record()  # before a save, because it refuses a loss that is no number
             last_told = now
-        if unreadable >= trainer.steps_per_epoch and trainer.images_seen:
+        if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
             raise ValueError(
                 f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
                 f"{run.out} is kept, and the same command goes on from there once the data is back."

@@ -35,7 +35,7 @@ class Evaluate:
     num_steps: int = 50
     """Sampling steps."""
     sampler: Sampler = "ddpm"
-    """ddpm, ancestral, or ddim, deterministic from its first noise."""
+    """ddpm, ancestral; ddim, deterministic from its first noise; or dpmpp, the same of second order."""
     seed: int = 0
     """Draws masks and noise."""
     batch_size: int = 64

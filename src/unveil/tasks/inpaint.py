@@ -15,7 +15,7 @@ from unveil.checkpoint import load_model, pick_device
 from unveil.data import BadPicture, Source, open_source
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes, predict, repaint
-from unveil.report import contact_sheet, save_png
+from unveil.report import contact_sheet, save_clip, save_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Inpaint:
     num_steps: int = 50
     """Sampling steps, at most the schedule's 1000."""
     sampler: Sampler = "ddpm"
-    """ddpm, ancestral, or ddim, deterministic from its first noise."""
+    """ddpm, ancestral; ddim, deterministic from its first noise; or dpmpp, the same of second order."""
     limit: int = 16
     """At most this many pictures, from the first on."""
     seed: int = 0
@@ -106,30 +106,6 @@ def _shrink_around(clip: Tensor, hole: Tensor, height: int, width: int) -> Tenso
     weight = resized(known)
     # where little is known, the pixel lies in the hole and is painted anyway
     return torch.where(weight > 0.4, resized(clip * known) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
-
-
-def _save(path: Path, clip: Tensor) -> Path:
-    """Write a clip (C, T, H, W) without losing a bit, and return where.
-
-    uint8 as PNG, animated if there are several frames; 16-bit gray (in int32) as 16-bit PNG; all else, which PNG cannot
-    hold, as .npy.
-    """
-    frames = [np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in clip.transpose(0, 1)]
-    if clip.dtype == torch.int32:
-        frames = [frame.astype(np.uint16) for frame in frames]
-        if clip.shape[:2] == (1, 1):
-            save_png(path, Image.fromarray(frames[0]))
-            return path
-    if clip.dtype != torch.uint8 or clip.shape[0] not in (1, 3, 4):
-        path = path.with_suffix(".npy")
-        np.save(path, frames[0] if len(frames) == 1 else np.stack(frames))
-        return path
-    images = [Image.fromarray(frame) for frame in frames]
-    if len(images) == 1:
-        save_png(path, images[0])
-    else:
-        images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
-    return path
 
 
 def _stem(where: str, taken: set[str]) -> str:
@@ -236,7 +212,7 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
         for label, view in views.items():
             path = options.out / f"{stem}_{label}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            files[label] = str(_save(path, view))
+            files[label] = str(save_clip(path, view))
         if on_progress is not None:
             on_progress(index + 1, min(len(source), options.limit))
         pictures.append({"picture": source.where(index), "files": files})

@@ -1,22 +1,19 @@
 """Pre-training without labels."""
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from unveil import recipes
-from unveil.checkpoint import pick_device
-from unveil.config import DecoderKind, Masking, Recipe, ScheduleKind, Target
-from unveil.data import Samples, decoded_bytes, open_source
-from unveil.train import Precision, Progress, Run, train
+from unveil.config import DecoderKind, Masking, Recipe, ScheduleKind
+from unveil.data import open_source
+from unveil.train import Precision, Progress, planned, prepare, train
 
-CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
+RecipeName = Literal[
+    "diffmae", "mae", "mae_raw", "umd", "umd_flow", "dit", "maskdit", "dit_umd", "maskdit_umd", "mae_umd"
+]
 MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 
 
@@ -32,13 +29,16 @@ class Pretrain:
     `moving-digits:train`."""
     out: Path
     """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
-    recipe: Literal["diffmae", "mae", "mae_raw"] = "diffmae"
-    """diffmae: paints and represents. mae: normalised patches, represents. mae_raw: raw pixels, one-step painting."""
+    recipe: RecipeName = "diffmae"
+    """diffmae: paints and represents. mae: normalised patches, represents. mae_raw: raw pixels, one-step painting. umd:
+    represents and generates. umd_flow: the same with one prediction. dit, maskdit: generate. dit_umd, maskdit_umd,
+    mae_umd: these methods in UMD's network, to compare with it."""
     size: str | None = None
-    """Encoder and patch size, as in B/16: Nano, Micro, Ti, S, B, L or H. Default B/16; Nano/2 for digits, Nano/4 for
-    moving-digits."""
+    """Encoder and patch size, as in B/16: Nano, Micro, Ti, S, B, L or H. Default B/16, B/4 for umd and the others
+    that generate; Nano/2 for digits, Nano/4 for moving-digits."""
     image_size: str | None = None
-    """Height and width in pixels, one number or 64x48. Default 224; 8 for digits, 24 for moving-digits."""
+    """Height and width in pixels, one number or 64x48. Default 224, 64 for umd and the others that
+    generate; 8 for digits, 24 for moving-digits."""
     channels: int | None = None
     """Channels of the pictures: 3 colour, 1 gray, others from .npy arrays. Default 3; 1 for the digits."""
     frames: int | None = None
@@ -56,11 +56,15 @@ class Pretrain:
     """Noise schedule of diffmae. Default linear."""
     rho: float | None = None
     """Exponent on the schedule's betas; below 1 is noisier. Default 0.8."""
-    target: Target | None = None
+    target: Literal["x0", "eps"] | None = None
     """What diffmae predicts: x0, clean values (default), or eps, the noise."""
+    faithful: bool = False
+    """umd, mae_umd: as the authors' code does it, with what docs/umd.md names as its flaws."""
+    labels: bool = False
+    """Train with the classes of the data, for dit, maskdit and the others that generate. Default: without."""
 
     epochs: int | None = None
-    """Passes over the data. Default: the recipe's, 1600 for DiffMAE, 800 for MAE, 100 for Nano and Micro."""
+    """Passes over the data. Default: the recipe's, 1600 for DiffMAE, 800 for MAE and UMD, 100 for Nano and Micro."""
     batch_size: int | None = None
     """Clips in one step. Default: the recipe's, 4096, or 64 for Nano and Micro."""
     blr: float | None = None
@@ -71,8 +75,9 @@ class Pretrain:
     """Smallest share of the area that a random crop keeps; 1 for no cropping. Default 0.2; 0.4 for Micro, 1 for Nano."""
     flip: bool | None = None
     """Mirror half of the pictures. Default: yes, but not for digits and Nano."""
-    ema_decay: float | None = None
-    """Decay of the running average of the weights, which is what is saved for use."""
+    ema_decays: tuple[float, ...] | None = None
+    """Decays of running averages of the weights, one or several; the first is saved as model.safetensors, the others as
+    ema-DECAY.safetensors beside it, the weights as trained as last.safetensors."""
 
     seed: int = 0
     """Fixes the initial weights, the order, and every draw."""
@@ -107,58 +112,57 @@ def parse_image_size(text: str) -> tuple[int, int]:
 def recipe_of(options: Pretrain) -> Recipe:
     """The recipe that the options name, with the fields replaced that they give."""
     built_in = BUILT_IN.get(options.data.partition(":")[0], {})
-    height, width = parse_image_size(options.image_size or built_in.get("image_size", "224"))
+    default_side = "224" if options.recipe in ("diffmae", "mae", "mae_raw") else "64"
+    height, width = parse_image_size(options.image_size or built_in.get("image_size", default_side))
     shape: dict[str, Any] = {"height": height, "width": width}
     for name in ("channels", "frames", "tubelet_size"):
         value = getattr(options, name)
         shape[name] = built_in.get(name) if value is None else value
-    method = {name: getattr(options, name) for name in ("mask_ratio", "masking", "decoder")}
+    masks = {name: getattr(options, name) for name in ("mask_ratio", "masking", "decoder")}
     diffusion = {name: getattr(options, name) for name in ("schedule", "rho", "target")}
-    if options.recipe != "diffmae":
-        for name, value in diffusion.items():
-            if value is not None:
+    fidelity = {"faithful": options.faithful or None}
+    for belongs_to, given in (
+        (("diffmae", "mae", "mae_raw"), masks),
+        (("diffmae",), diffusion),
+        (("umd", "mae_umd"), fidelity),
+    ):
+        for name, value in given.items():
+            if value is not None and options.recipe not in belongs_to:
                 raise ValueError(
-                    f"--{name} {value} belongs to diffmae; {options.recipe} has no noise. Drop it, or use diffmae."
+                    f"--{name.replace('_', '-')} {value} belongs to {' and '.join(belongs_to)}; {options.recipe} has it fixed "
+                    "or has no such thing. Drop it, or use one of these."
                 )
-    given = {name: value for name, value in {**shape, **method, **diffusion}.items() if value is not None}
-    recipe = recipes.RECIPES[options.recipe](options.size or built_in.get("size", "B/16"), **given)
-    training = {"epochs": options.epochs, "batch_size": options.batch_size, "base_lr": options.blr}
-    for name in ("warmup_epochs", "crop_scale", "flip", "ema_decay"):
-        training[name] = getattr(options, name)
+    given = {name: value for name, value in {**shape, **masks, **diffusion, **fidelity}.items() if value is not None}
+    recipe = recipes.RECIPES[options.recipe](
+        options.size or built_in.get("size", "B/16" if default_side == "224" else "B/4"), **given
+    )
+    training = recipe.training
     if built_in:  # digits at any size are augmented as the size meant for them is
-        training["flip"] = recipes.NANO_TRAINING.flip if options.flip is None else options.flip
-        if options.crop_scale is None:
-            training["crop_scale"] = recipes.NANO_TRAINING.crop_scale
-    changed = {name: value for name, value in training.items() if value is not None}
-    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changed))
+        nano = recipes.NANO_TRAINING
+        training = dataclasses.replace(training, flip=nano.flip, crop_scale=nano.crop_scale)
+    return dataclasses.replace(recipe, training=planned(training, options))
 
 
 def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Run `unveil pretrain`; see `Pretrain` for the options and `train` for what is returned."""
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
-    if not options.save_minutes >= 0:
-        raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
     recipe = recipe_of(options)
+    if options.labels and recipe.noise_on != "visible":
+        raise ValueError(
+            f"--labels, but {recipe.name} as it is asked for here cannot be told a class: that takes an encoder that sees "
+            "noise. Drop it, or use umd, umd_flow, dit, maskdit, dit_umd or maskdit_umd."
+        )
     clip = recipe.clip
     source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
-    fits = decoded_bytes(source) < CACHE_LIMIT
-    workers = options.workers
-    if workers is None:
-        workers = 0 if fits else min(torch.get_num_threads(), len(source))
-    samples = Samples(source, clip, options.seed, recipe.training, cache=fits and workers == 0)
-    if len(samples) < recipe.training.batch_size and options.batch_size is None:
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(samples)))
-    device = pick_device(options.device)
-    run = Run(
-        data=options.data,
-        out=options.out,
-        seed=options.seed,
-        workers=workers,
-        device=device,
-        precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
-        compile=options.compile,
-        save_minutes=options.save_minutes,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    )
+    classes: tuple[str, ...] = ()
+    if options.labels:
+        if not source.classes:
+            raise ValueError(
+                f"--labels, but {options.data} has none: sort the pictures into a folder for each class, or give a label "
+                "column."
+            )
+        classes = tuple(source.classes)
+        told = dataclasses.replace(recipe.condition, num_classes=len(classes))
+        training = dataclasses.replace(recipe.training, label_dropout=recipes.LABEL_DROPOUT)
+        recipe = dataclasses.replace(recipe, condition=told, training=training)
+    recipe, samples, run = prepare(recipe, source, options, classes)
     return train(recipe, samples, run, on_progress)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from unveil import draws
 from unveil.checkpoint import load_model, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, open_source
-from unveil.features import Pool, encoder_features, extract, raw_pixels
-from unveil.metrics import accuracy, choose_ridge, knn_predict, ridge_predict
+from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
+from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FEW_LABEL_DRAWS = 5
+FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,13 @@ class Probe:
     """Labelled test data with the same classes. Default: a random fifth of --data is held out."""
     labels_per_class: int | None = None
     """Train on this many labels of each class, mean of five draws. Default: on all."""
-    pool: Pool = "mean"
-    """mean of the patch tokens, or the class token."""
+    method: Literal["linear", "knn", "fewshot"] | None = None
+    """linear: ridge with a chosen penalty. knn: nearest neighbours. fewshot: UMD's closed-form ridge with its fixed penalty,
+    on at most 100 labels of each class unless --labels-per-class says otherwise. Default: linear and knn."""
+    pool: Pool | None = None
+    """mean of the patch tokens, or of the class tokens. Default: what the recipe trains: class for UMD's family, else mean."""
+    time: float = 0.0
+    """Put noise of this time on the pictures first; models that only ever saw noise (DiT, MaskDiT) want some, as 51."""
     k: int = 20
     """Neighbours that vote."""
     baselines: bool = True
@@ -76,21 +82,32 @@ def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
 
 
 def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
+    """Accuracy of each method that was asked for, in percent, the mean over draws of the labels."""
     num_classes = int(max(labels.max(), truth.max())) + 1
-    if options.labels_per_class is None:
+    per_class = options.labels_per_class
+    if options.method == "fewshot" and per_class is None:
+        per_class = min(FEW_SHOTS, *Counter(labels.tolist()).values())
+    if per_class is None:
         subsets = [torch.arange(len(labels))]
     else:
         generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
-        subsets = [_few(labels, options.labels_per_class, g) for g in generators]
-    linear, neighbours = [], []
+        subsets = [_few(labels, per_class, g) for g in generators]
+    methods = ("linear", "knn") if options.method is None else (options.method,)
+    scores: dict[str, list[float]] = {method: [] for method in methods}
     for rows in subsets:
         x, y = train[rows], labels[rows]
-        # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
-        order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
-        penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
-        linear.append(accuracy(ridge_predict(x, y, test, num_classes, penalty), truth))
-        neighbours.append(accuracy(knn_predict(x, y, test, num_classes, options.k), truth))
-    return {"linear": sum(linear) / len(linear), "knn": sum(neighbours) / len(neighbours)}
+        for method in methods:
+            if method == "fewshot":
+                predictions = fewshot_predict(x, y, test, num_classes)
+            elif method == "knn":
+                predictions = knn_predict(x, y, test, num_classes, options.k)
+            else:
+                # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
+                order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
+                penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
+                predictions = ridge_predict(x, y, test, num_classes, penalty)
+            scores[method].append(accuracy(predictions, truth))
+    return {method: sum(values) / len(values) for method, values in scores.items()}
 
 
 def _labelled(data: str, clip: Clip) -> Samples:
@@ -106,7 +123,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     """Run `unveil probe`; on_progress is told the samples encoded and their number.
 
     Returns:
-        For each kind of features, "linear" and "knn" accuracy in percent, and the number of samples and labels.
+        For each kind of features, the accuracy of each method in percent, and the number of samples and labels.
 
     Raises:
         ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
@@ -119,12 +136,15 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     model, _ = load_model(options.run, device)
     clip = model.recipe.clip
     train_samples = _labelled(options.data, clip)
-    functions = {"encoder": encoder_features(model, options.pool)}
+    functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}
     if options.baselines:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
-        functions |= {"untrained encoder": encoder_features(untrained, options.pool), "raw pixels": raw_pixels}
+        functions |= {
+            "untrained encoder": encoder_features(untrained, options.pool, options.time, options.seed),
+            "raw pixels": raw_pixels,
+        }
 
     if options.labels_per_class is not None:  # before the long part; a held-out share is only known after it
         labels_there = [train_samples.source.label(i) for i in range(len(train_samples))]
@@ -169,6 +189,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "test_samples": len(truth),
         "num_classes": len(train_samples.source.classes or ()),
         "labels_per_class": options.labels_per_class,
-        "pool": options.pool,
+        "pool": options.pool or usual_pool(model.recipe),
+        "time": options.time,
         "k": options.k,
     }

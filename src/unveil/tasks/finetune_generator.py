@@ -1,0 +1,168 @@
+"""From a pre-trained model to a class-conditional generator."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unveil.checkpoint import load_model
+from unveil.config import Recipe
+from unveil.data import open_source
+from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipes import generator
+from unveil.train import Precision, Progress, planned, prepare, train
+
+LABEL_TABLE = "condition.label_embed.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneGenerator:
+    """Train a pre-trained model on labelled pictures until it generates them by class: UMD's published fine-tuning.
+
+    For umd, umd_flow, dit, maskdit, and dit_umd, maskdit_umd, mae_umd. All weights are trained on. The image size, the
+    normalisation and the network are the pre-trained model's.
+
+    Example: unveil finetune-generator --run runs/photos --data photos/ --out runs/photos-by-class
+    """
+
+    run: Path
+    """The pre-trained model: a run directory or a weights file."""
+    data: str
+    """Labelled pictures: a folder with a folder for each class, a parquet file with a label column, `digits:train`, or
+    `moving-digits:train`."""
+    out: Path
+    """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
+
+    clean_share: float | None = None
+    """Share of the clips that is clean and three quarters hidden, as in pre-training; 0 for none. Default: 0.05 for a
+    model that was pre-trained with such clips, else none."""
+    label_dropout: float | None = None
+    """Share of the labels that is replaced by "no class", which guidance needs. Default 0.1."""
+
+    epochs: int | None = None
+    """Passes over the data. Default 50."""
+    batch_size: int | None = None
+    """Clips in one step. Default 256; 64 for Nano and Micro."""
+    blr: float | None = None
+    """Base learning rate; the learning rate is blr * batch size / 256. Default 1.5e-4; 6e-3 for Nano and Micro."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. Default 2; 1 for Nano and Micro."""
+    crop_scale: float | None = None
+    """Smallest share of the area that a random crop keeps. Default 0.95; 1 if it was pre-trained without crops."""
+    flip: bool | None = None
+    """Mirror half of the pictures. Default: as in pre-training."""
+    ema_decays: tuple[float, ...] | None = None
+    """Decays of running averages of the weights; the first is saved as model.safetensors, the others as
+    ema-DECAY.safetensors beside it, the weights as trained as last.safetensors. Default 0.9999; 0.999 for Nano and Micro."""
+
+    seed: int = 0
+    """Fixes the new weights, the order, and every draw."""
+    workers: int | None = None
+    """Processes that read data. Default: 0 if the pictures fit into memory, else one for each core."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
+    precision: Precision | None = None
+    """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
+    compile: bool = False
+    """Compile the step with torch.compile; pays for long runs."""
+    save_minutes: float = 2.0
+    """Minutes between saves and refreshed contact sheets."""
+
+
+def with_clean_share(recipe: Recipe, share: float) -> Recipe:
+    """A generator's recipe with another share of clean clips; 0 removes the branch.
+
+    Raises:
+        ValueError: the share is out of its range, or the recipe has no clean branch to give it to.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"--clean-share {share:g}: it is a share of the clips, at least 0 and below 1, for the others are what the "
+            "generator learns from."
+        )
+    clean, noisy = recipe.branch_on("none"), recipe.branch_on("visible")
+    assert noisy is not None
+    if share and clean is None:
+        raise ValueError(
+            f"--clean-share {share:g}, but this model was pre-trained without clean clips, so {recipe.name} has no branch for "
+            "them. Leave it out, or start from a umd, umd_flow or mae_umd."
+        )
+    kept = (dataclasses.replace(clean, share=share),) if clean and share else ()
+    return dataclasses.replace(recipe, branches=(*kept, dataclasses.replace(noisy, share=1 - share)))
+
+
+def modules_of(names: Collection[str], known: Collection[str]) -> list[str]:
+    """Some of a model's tensors as few words: the largest modules of which every one of the known tensors is meant."""
+    others = set(known) - set(names)
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        found.add(next(p for p in prefixes if p == name or not any(other.startswith(p + ".") for other in others)))
+    return sorted(found)
+
+
+def what_carries_over(
+    state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], same_classes: bool
+) -> dict[str, Tensor]:
+    """The tensors that a new model takes from a pre-trained one: of the same name and shape.
+
+    Args:
+        shapes: of the new model.
+        same_classes: whether the rows of a table of classes mean the same in both, as far as is known.
+    """
+    return {
+        name: value
+        for name, value in state.items()
+        if shapes.get(name) == tuple(value.shape) and (same_classes or name != LABEL_TABLE)
+    }
+
+
+def finetune_generator(
+    options: FinetuneGenerator, on_progress: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
+    """Run `unveil finetune-generator`; see `FinetuneGenerator` for the options and `train` for what is returned, and:
+
+    Returns:
+        "start", the pre-trained model's recipe; "loaded" of "tensors", how many of the new model's tensors are its; "fresh"
+        and "dropped", the modules that only the new model has, and those that only the old one had.
+
+    Raises:
+        ValueError: the model cannot become a generator, the data has no labels or does not fit it, or an option is out of
+            its range.
+    """
+    model, about = load_model(options.run)
+    clip = model.recipe.clip
+    source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
+    if not source.classes:
+        raise ValueError(
+            f"{options.data} has no labels: sort the pictures into a folder for each class, or give a label column."
+        )
+    classes = tuple(source.classes)
+    recipe = generator(model.recipe, num_classes=len(classes))
+    if options.clean_share is not None:
+        recipe = with_clean_share(recipe, options.clean_share)
+    training = planned(recipe.training, options)
+    if options.label_dropout is not None:
+        training = dataclasses.replace(training, label_dropout=options.label_dropout)
+    recipe = dataclasses.replace(recipe, training=training)
+
+    state = model.state_dict()
+    with torch.device("meta"):  # names and shapes, no memory
+        new = MaskedDiffusionAutoencoder(recipe).state_dict()
+    initial = what_carries_over(state, {n: tuple(v.shape) for n, v in new.items()}, about.classes in ((), classes))
+    recipe, samples, run = prepare(recipe, source, options, classes, start=str(options.run))
+    outcome = train(recipe, samples, run, on_progress, initial)
+    return {
+        **outcome,
+        "start": f"{model.recipe.name} {model.recipe.size}",
+        "num_classes": len(classes),
+        "loaded": len(initial),
+        "tensors": len(new),
+        "fresh": modules_of(new.keys() - initial.keys(), new),
+        "dropped": modules_of(state.keys() - initial.keys(), state),
+    }
