@@ -217,29 +217,6 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def row_of(name: str) -> list[str]:
-    """A recipe's cells of the README's table, all but its fidelity; of several branches one after the other."""
-    recipe = recipes.RECIPES[name]()
-
-    def told(term: Term) -> str:
-        weight = f"{term.weight:g} " if term.weight != 1 else ""
-        norm, space = "normalised " if term.patch_norm else "", " as v" if term.space == "v" else ""
-        return f"{weight}{norm}{term.predict}{space} on {term.on}"
-
-    with torch.device("meta"):
-        can = MaskedDiffusionAutoencoder(recipe).can
-    branches = recipe.branches
-    return [
-        "; ".join(f"{branch.share:g}" for branch in branches),
-        "; ".join(f"{100 * branch.mask_ratio:g} %" for branch in branches),
-        "; ".join(branch.noise_on for branch in branches),
-        "; ".join(", ".join(told(term) for term in branch.terms) for branch in branches),
-        recipe.decoder.kind if recipe.decoder else "none",
-        recipe.condition.time,
-        ", ".join(word for word in ("represent", "repaint", "generate") if word in can),
-    ]
-
-
 def readme_cells(name: str) -> list[str]:
     """A recipe's row in the README, without its fidelity, as the code has it."""
     recipe = recipes.RECIPES[name]()
