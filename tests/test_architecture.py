@@ -289,6 +289,35 @@ def test_a_recipe_is_frozen() -> None:
         shipped("diffmae").branches[0].mask_ratio = 0.5  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    "variant, can, by",
+    [
+        ("mae", "represent", ()),
+        ("mae_raw", "repaint represent", ()),
+        ("diffmae", "repaint represent", ("x0",)),
+        ("diffmae eps", "repaint represent", ("eps",)),
+        ("diffmae all hidden", "generate represent", ("x0",)),
+        ("diffmae nothing hidden", "generate repaint represent", ("x0",)),
+        ("dit", "generate repaint represent", ("eps",)),
+        ("maskdit", "generate repaint represent", ("eps",)),
+        ("umd", "generate repaint represent", ("eps",)),
+        ("umd_finetune", "generate repaint represent", ("eps", "x0")),
+        ("umd_flow", "generate repaint represent", ("x0",)),
+        ("umd_flow generator", "generate repaint represent", ("x0",)),
+        ("dit_umd", "generate repaint represent", ("eps", "x0")),
+        ("maskdit_umd", "generate repaint represent", ("eps",)),
+        ("mae_umd", "repaint represent", ()),
+        ("mae_umd generator", "generate repaint represent", ("eps", "x0")),
+    ],
+)
+def test_what_a_model_can_and_what_it_is_sampled_by(variant: str, can: str, by: tuple[str, ...]) -> None:
+    """By predictions for tokens that carry noise, the usual one first: UMD's x0 was never trained there."""
+    recipe = shipped(variant)
+    with torch.device("meta"):
+        assert sorted(MaskedDiffusionAutoencoder(recipe).can) == can.split()
+    assert recipe.samplers_heads == by
+
+
 def test_lr_scales_with_the_batch() -> None:
     training = Training(epochs=1, batch_size=4096, base_lr=1.5e-4, warmup_epochs=0)
     assert training.lr == pytest.approx(2.4e-3)

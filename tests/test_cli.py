@@ -108,8 +108,6 @@ COMMANDS_WITH_FIELDS = [
     ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
     ("evaluate --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2", {"psnr", "std", "sharpness"}),
     ("info --run {run}", {"recipe", "about", "can", "parameters"}),
-    ("generate --run {dit} --out {new} --num-samples 2 --num-steps 2", {"out"}),
-    ("finetune-generator --run {dit} --data digits:test --out {new} --epochs 1", {"finished", "fresh", "loaded"}),
 ]
 
 
@@ -122,7 +120,9 @@ COMMANDS_WITH_FIELDS = [
             {"loss"},
             False,
         ),
-        ("probe --run {dit} --data digits:test --time 51", {"results", "pool", "time"}, False),
+        ("generate --run {dit} --out {new} --num-samples 2 --num-steps 2", {"out"}, False),
+        ("finetune-generator --run {dit} --data digits:test --out {new} --epochs 1", {"fresh", "loaded"}, False),
+        ("probe --run {dit} --data digits:test --time 51 --no-baselines", {"results", "pool", "time"}, False),
         ("inpaint --run {dit} --images digits:test --out {new} --limit 1 --num-steps 2", {"pictures", "sheet"}, False),
         ("evaluate --run {dit} --data digits:test --limit 2 --num-steps 2 --num-samples 2", {"psnr", "std"}, False),
     ],
@@ -389,6 +389,7 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
     photos(tmp_path / "photos")
     photos(tmp_path / "others")
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
+    monkeypatch.setattr(train_module, "SHEET_STEPS", 5)
     monkeypatch.chdir(tmp_path)
     for command in readme_commands():
         few = {

@@ -129,7 +129,10 @@ def weighted(recipe: Recipe, drawn: Draws, per_token: dict[str, Tensor]) -> Tens
     return total / num_clips
 
 
-@pytest.mark.parametrize("variant", OVERFIT)
+SLOW = {"umd faithful", "umd clips", "mae_umd faithful"}  # nearly the same as another
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW)) for v in OVERFIT])
 def test_a_recipe_overfits_a_few_clips_and_repeats_its_recorded_losses(variant: str) -> None:
     """The first losses are on record, so that a refactor shows that it changed no numerics.
 
@@ -384,7 +387,7 @@ def test_the_first_average_is_what_is_saved_for_use(whole_runs: dict[str, Path],
     "name, steps",
     [
         *(("diffmae", steps) for steps in ([1], [6], [17], [3, 1, 7])),
-        *(("umd_flow", steps) for steps in ([1], [6], [8, 5])),
+        *(("umd_flow", steps) for steps in ([6], [8, 5])),
     ],
 )
 def test_resumed_equals_uninterrupted(
