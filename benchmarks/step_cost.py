@@ -21,11 +21,11 @@ import transformers
 import tyro
 
 from unveil import recipes
-from unveil.config import Recipe
 from unveil.cost import masked_step
 from unveil.losses import Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.train import optimizer_for
+from unveil.optim import optimizer_for
+from unveil.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

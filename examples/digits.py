@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from unveil.checkpoint import load_model
-from unveil.config import Condition, Recipe, Schedule
+from unveil.config import Condition, Schedule
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import masked_view, named_holes, predict, repaint
+from unveil.recipe import Recipe
 from unveil.report import Page, contact_sheet, curve, save_png
 from unveil.rundir import METRICS, SHEET
 from unveil.tasks.evaluate import Evaluate, evaluate

@@ -24,18 +24,18 @@ from torch import Tensor
 from unveil import recipes
 from unveil.checkpoint import load_model, write_atomically
 from unveil.classifier import Judge, judge_pictures, load_arrays, load_judge, save_judge, train_judge
-from unveil.config import Recipe
 from unveil.cost import branch_cost, masked_step
 from unveil.losses import Objective, draw
 from unveil.metrics import frechet_distance
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.optim import optimizer_for
 from unveil.pipeline import generate
+from unveil.recipe import Recipe
 from unveil.report import contact_sheet, save_png
 from unveil.sampling import guidance
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
-from unveil.train import optimizer_for
 
 ARMS = ("umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd")
 NOISE_OF_PROBE = 51.0  # the noise that UMD's authors probe DiT and MaskDiT at

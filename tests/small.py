@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unveil import recipes
-from unveil.config import Decoder, Recipe
+from unveil import recipes, sizes
+from unveil.config import Decoder
 from unveil.corruption import Corrupted, corrupt
 from unveil.losses import BranchDraws, Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder, Predictions
+from unveil.recipe import Recipe
 
 # Everything that the shipped functions can make of their arguments, once. The rule of two is held against this list.
 # "generator" is no argument: it makes the recipe its generator of that many classes.
@@ -85,7 +86,7 @@ def small(name: str = "diffmae", *, depth: int = 3, decoder_depth: int = 2, **ar
     recipe = make(name, {"size": "Nano/4", "height": 16, **arguments})
     wide, decoder, told = 32, recipe.decoder, recipe.condition
     if decoder is not None:
-        taps = (depth,) if decoder.kind == "joint" else recipes.stage_ends(depth, decoder_depth)
+        taps = (depth,) if decoder.kind == "joint" else sizes.stage_ends(depth, decoder_depth)
         width = wide if decoder.embed_dim == recipe.encoder.embed_dim else wide // 2
         decoder = Decoder(
             kind=decoder.kind,

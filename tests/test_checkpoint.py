@@ -22,8 +22,8 @@ from unveil.checkpoint import (
     save_weights,
     write_atomically,
 )
-from unveil.config import recipe_from_dict, to_dict
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import recipe_from_dict, to_dict
 
 ABOUT = About(step=7, images_seen=99, ema_decay=0.999, data="photos/", command="unveil pretrain --data photos/")
 

@@ -314,14 +314,15 @@ def test_info_counts_what_is_there_and_says_what_is_missing(digits: Path, unveil
 
 def field_docs(options: type) -> dict[str, str]:
     """Each field of an options class with the docstring below it."""
-    (definition,) = ast.parse(inspect.getsource(options)).body
-    assert isinstance(definition, ast.ClassDef)
     docs, name = {}, None
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            docs[name], name = str(node.value.value), None
+    for owner in options.__mro__[:-1]:  # its own and those that all trainings have
+        (definition,) = ast.parse(inspect.getsource(owner)).body
+        assert isinstance(definition, ast.ClassDef)
+        for node in definition.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                name = node.target.id
+            elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                docs[name], name = str(node.value.value), None
     return docs
 
 

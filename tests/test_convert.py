@@ -21,12 +21,12 @@ from small import generator
 from torch import Tensor
 from torch.testing import assert_close
 
-from unveil import recipes
+from unveil import recipes, sizes
 from unveil.checkpoint import load_model
-from unveil.config import recipe_from_dict, to_dict
 from unveil.convert import Report, from_dit, from_umd, recognise
 from unveil.masking import Mask, gather
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import recipe_from_dict, to_dict
 from unveil.tasks.convert import Convert, convert, read_tensors
 from unveil.tokens import patchify, sincos_positions, unpatchify
 
@@ -265,7 +265,7 @@ def test_any_umd_computes_the_same(name: str, seed: int) -> None:
 
 def test_a_umd_recipe_is_the_shipped_one() -> None:
     """At a shipped size nothing is left to differ but the size's own label."""
-    e = recipes.ENCODERS["Nano"]
+    e = sizes.ENCODERS["Nano"]
     size = UmdSize(D=e.embed_dim, heads=4, decoder_heads=4, depth=e.depth, decoder_depth=2, side=4)
     expected = recipes.umd("Nano/4", height=16, faithful=True)
     assert from_umd(umd_tree(size))[0] == expected
@@ -450,7 +450,7 @@ def test_any_dit_computes_the_same(name: str, seed: int, monkeypatch: pytest.Mon
 
 
 def test_a_dit_recipe_is_the_shipped_one() -> None:
-    e = recipes.ENCODERS["Nano"]
+    e = sizes.ENCODERS["Nano"]
     recipe, _, _ = from_dit(dit_tree(DitSize(D=e.embed_dim, heads=4, depth=e.depth, p=4, C=3)), num_heads=4)
     assert recipe == recipes.dit("Nano/4", height=16, num_classes=10)
     latent = from_dit(dit_tree(DitSize()), num_heads=4)[0]

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unveil import recipes
-from unveil.config import Recipe
 from unveil.cost import branch_cost, masked_step
+from unveil.recipe import Recipe
 
 
 def counted(recipe: Recipe, number: int = 0) -> dict[str, int]:

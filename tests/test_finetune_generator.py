@@ -14,16 +14,18 @@ from PIL import Image
 from small import build, small
 from torch import Tensor
 
-from unveil import cli, recipes
+from unveil import cli, planning, recipes
 from unveil import train as train_module
 from unveil.checkpoint import WEIGHTS, About, load_model, read_header, save_weights
-from unveil.config import Recipe
 from unveil.data import Samples, open_source
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.planning import prepare
+from unveil.recipe import Recipe
+from unveil.rundir import Run
 from unveil.tasks import finetune_generator as task
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, modules_of, with_clean_share
 from unveil.tasks.generate import Generate, generate
-from unveil.train import Run, Trainer, prepare
+from unveil.train import Trainer
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -247,7 +249,7 @@ def test_pictures_are_kept_in_memory_only_if_they_fit(tmp_path: Path, monkeypatc
     assert (samples.cache, run.workers) == (True, 0)
     _, samples, run = prepare(recipe, source, dataclasses.replace(options, workers=1))
     assert (samples.cache, run.workers) == (False, 1)  # each worker would keep its own
-    monkeypatch.setattr(train_module, "CACHE_LIMIT", 100)
+    monkeypatch.setattr(planning, "CACHE_LIMIT", 100)
     _, samples, run = prepare(recipe, source, options)
     assert (samples.cache, run.workers) == (False, torch.get_num_threads())
 

@@ -12,7 +12,7 @@ from PIL import Image
 from small import build, generator, small
 
 from unveil.checkpoint import WEIGHTS, About, save_weights
-from unveil.config import Recipe
+from unveil.recipe import Recipe
 from unveil.tasks.inpaint import Inpaint, _shrink_around, inpaint
 
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")

@@ -29,14 +29,15 @@ from small import (
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from unveil.config import Recipe, Term
+from unveil.config import Term
 from unveil.corruption import corrupt
 from unveil.layers import Trunk
 from unveil.losses import BranchDraws, Draws, Objective, draw
 from unveil.masking import Mask, gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import pixels_of, predict, repaint
-from unveil.recipes import stage_ends
+from unveil.recipe import Recipe
+from unveil.sizes import stage_ends
 from unveil.tokens import patch_norm, unpatchify
 
 DECODERS = ["joint", "cross", "cross_self"]

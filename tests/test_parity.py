@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from unveil import recipes
-from unveil.config import Clip, Decoder, Encoder, Recipe
+from unveil.config import Clip, Decoder, Encoder
 from unveil.convert import from_dit, from_umd
 from unveil.losses import BranchDraws, Draws, Objective
 from unveil.masking import Mask, gather, mask_from_scores
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import Recipe
 from unveil.sampling import ddim, ddpm, standard_normal
 from unveil.schedule import DiscreteSchedule, add_noise, posterior, x0_from_eps
 from unveil.tokens import patchify, unpatchify

@@ -20,12 +20,13 @@ from unveil.features import encoder_features
 from unveil.metrics import choose_ridge, hole_mse, laplacian_energy
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import repaint
+from unveil.rundir import Run
 from unveil.tasks import evaluate as evaluate_module
 from unveil.tasks import probe as probe_module
 from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
-from unveil.train import Run, train
+from unveil.train import train
 
 ROOT = Path(__file__).parents[1]
 

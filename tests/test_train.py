@@ -29,15 +29,18 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from unveil import cli, draws, recipes
+from unveil import sheet as sheet_module
 from unveil import train as train_module
 from unveil.checkpoint import LAST, WEIGHTS, load_model, read_header
-from unveil.config import Recipe, to_dict
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.optim import lr_factor, optimizer_for, running_average
+from unveil.recipe import Recipe, to_dict
 from unveil.report import CAPTION, MARGIN
-from unveil.rundir import lock
-from unveil.train import Run, Trainer, lr_factor, optimizer_for, running_average, train, what_it_sees
+from unveil.rundir import Run, lock
+from unveil.sheet import what_it_sees
+from unveil.train import Trainer, train
 
 # Learning
 
@@ -840,13 +843,13 @@ def test_the_contact_sheet_shows_what_a_model_can_do(monkeypatch: pytest.MonkeyP
     recipe = small_variant(variant)
     model, clips = build(recipe), clips_for(recipe, 6)
     rows: list[tuple[str, list[Tensor]]] = []
-    contact_sheet = train_module.contact_sheet
+    contact_sheet = sheet_module.contact_sheet
 
     def record(shown: list[tuple[str, list[Tensor]]]) -> Image.Image:
         rows.extend(shown)
         return contact_sheet(shown)
 
-    monkeypatch.setattr(train_module, "contact_sheet", record)
+    monkeypatch.setattr(sheet_module, "contact_sheet", record)
     sheet = what_it_sees(model, clips)
     captions = [caption for caption, _ in rows]
     assert len(captions) == len(SEEN[variant])

@@ -30,16 +30,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from unveil import recipes
-from unveil.config import Recipe, Term
+from unveil.config import Term
 from unveil.corruption import Part
 from unveil.features import encoder_features, usual_pool
 from unveil.layers import Attention, Block, Condition, PositionTable, Trunk, rotate, run_block, sinusoid
 from unveil.losses import BranchDraws, Draws, Objective, draw, variance_bound
 from unveil.masking import gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.optim import optimizer_for
+from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule, FlowSchedule
 from unveil.tokens import rotary_angles, unpatchify
-from unveil.train import optimizer_for
 
 FAMILY = [v for v in VARIANTS if "umd" in v and "flow" not in v]  # eps and x0, as UMD's authors have it
 CLASSES_AND_CLEAN = ["umd_finetune", "umd_finetune faithful", "umd_flow generator", "mae_umd generator"]

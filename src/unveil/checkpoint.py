@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unveil import __version__
-from unveil.config import Recipe, recipe_from_dict, to_dict
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import Recipe, recipe_from_dict, to_dict
 
 FORMAT = "unveil-2"
 WEIGHTS, LAST = "model.safetensors", "last.safetensors"

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unveil import recipes
-from unveil.config import Clip, Encoder, Recipe, Schedule
+from unveil import recipes, sizes
+from unveil.config import Clip, Encoder, Schedule
 from unveil.layers import FREQUENCY_DIM
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import Recipe
 from unveil.tokens import sincos_positions
 
 Kind = Literal["umd", "dit"]
@@ -174,7 +175,7 @@ def _side(name: str, num_tokens: int) -> int:
 
 def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int) -> tuple[str, str]:
     """A size that recipes know, and what to call this one: the same, or "32x2/4" for a width of 32 and two blocks."""
-    for name, e in recipes.ENCODERS.items():
+    for name, e in sizes.ENCODERS.items():
         if (e.embed_dim, e.depth, e.num_heads) == (embed_dim, depth, num_heads):
             return f"{name}/{patch_size}", f"{name}/{patch_size}"
     return f"B/{patch_size}", f"{embed_dim}x{depth}/{patch_size}"

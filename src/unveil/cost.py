@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from unveil.config import Branch, Condition, Network, Recipe
+from unveil.config import Branch, Condition, Network
 from unveil.layers import FREQUENCY_DIM, swiglu_dim
 from unveil.masking import draw_mask
+from unveil.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.config import Recipe, check_choice
+from unveil.config import check_choice
 from unveil.data import Batch
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule
 
 Pool = Literal["mean", "class"]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from unveil import draws
-from unveil.config import Branch, Recipe, Term
+from unveil.config import Branch, Term
 from unveil.corruption import Corrupted, Part, corrupt
 from unveil.masking import Mask, draw_mask
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule, Schedule
 from unveil.tokens import patch_norm
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from unveil.config import Predict, Recipe
+from unveil.config import Predict
 from unveil.decoder import Context, Decoder
 from unveil.encoder import Encoder
 from unveil.layers import Condition, Head
 from unveil.masking import Mask, gather
+from unveil.recipe import Recipe
 from unveil.schedule import add_noise, make_schedule, x0_from_eps
 from unveil.tokens import patchify, unpatchify
 

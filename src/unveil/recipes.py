@@ -8,108 +8,35 @@ UMD       Hansen-Estruch et al. 2024, arXiv 2406.17688, and its official code; t
 """
 
 import dataclasses
-import math
+from typing import Unpack
 
 from unveil.config import (
     Branch,
-    Clip,
     Condition,
     Decoder,
     DecoderKind,
-    Encoder,
     Masking,
     Network,
     Predict,
-    Recipe,
     Schedule,
     ScheduleKind,
     Term,
     TimeKind,
     Training,
     Where,
-    nearest,
 )
-
-# Ti to H are the ViT papers' sizes, and S to L those of DiT and UMD as well. Nano and Micro are ours, for pictures of 8
-# to 64 pixels on a CPU.
-ENCODERS = {
-    "Nano": Encoder(embed_dim=96, depth=4, num_heads=4),
-    "Micro": Encoder(embed_dim=144, depth=6, num_heads=3),
-    "Ti": Encoder(embed_dim=192, depth=12, num_heads=3),
-    "S": Encoder(embed_dim=384, depth=12, num_heads=6),
-    "B": Encoder(embed_dim=768, depth=12, num_heads=12),
-    "L": Encoder(embed_dim=1024, depth=24, num_heads=16),
-    "H": Encoder(embed_dim=1280, depth=32, num_heads=16),
-    "XL": Encoder(embed_dim=1152, depth=28, num_heads=16),  # DiT's
-}
-
-# (width, depth, heads). 512 x 8 with 16 heads is MAE's decoder for B, L and H; the others are our choice. That DiffMAE's
-# decoder has the same size is not confirmed by a source at hand.
-DECODERS = {"Nano": (64, 2, 4), "Micro": (96, 3, 3), "Ti": (192, 4, 3), "S": (256, 8, 8)}
-MAE_DECODER = (512, 8, 16)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# Blocks of UMD's decoder, which is as wide as its encoder; those of S, B and L are the authors', the others our choice.
-UMD_DECODER_DEPTH = {"Nano": 2, "Micro": 2, "Ti": 4, "S": 4, "B": 4, "L": 8, "H": 8, "XL": 8}
-
-# Our choice, for thousands to tens of thousands of small pictures on a CPU or one GPU. Measured on digits (results/LOG.md).
-SMALL_TRAINING = Training(
-    epochs=100, batch_size=64, base_lr=6e-3, warmup_epochs=1, crop_scale=0.4, flip=True, ema_decays=(0.999,)
+from unveil.recipe import Recipe
+from unveil.sizes import (
+    ENCODERS,
+    LABEL_DROPOUT,
+    NANO_TRAINING,
+    SMALL_TRAINING,
+    UMD_DECODER_DEPTH,
+    Shape,
+    clip_of,
+    decoder_of,
+    parse_size,
 )
-# Nano is for digits: eight pixels leave nothing to crop, and a mirrored 2 is no 2.
-NANO_TRAINING = dataclasses.replace(SMALL_TRAINING, crop_scale=1.0, flip=False)
-
-
-LABEL_DROPOUT = 0.1  # DiT's and UMD's, for models with classes; without it there is no guidance
-
-
-def stage_ends(encoder_depth: int, decoder_depth: int) -> tuple[int, ...]:
-    """The ends of decoder_depth equal stages of the encoder, deepest first: 24, 21, ..., 3 for 8 of 24.
-
-    Our choice: which encoder blocks DiffMAE's shorter decoder reads is not confirmed by a source at hand.
-    """
-    return tuple(math.ceil(encoder_depth * (decoder_depth - i) / decoder_depth) for i in range(decoder_depth))
-
-
-def _parse_size(size: str) -> tuple[str, int]:
-    name, _, patch = size.partition("/")
-    if name not in ENCODERS:
-        raise ValueError(
-            f"Unknown size {size!r}: write a name and a patch size, as in 'B/16'. {nearest(name, ENCODERS)}"
-        )
-    if not patch.isdecimal() or int(patch) < 1:
-        raise ValueError(f"Size {size!r} lacks its patch size in pixels: write it as in '{name}/16'.")
-    return name, int(patch)
-
-
-def _clip(
-    channels: int,
-    frames: int,
-    height: int,
-    width: int | None,
-    patch_size: int,
-    tubelet_size: int,
-    imagenet: bool = False,
-) -> Clip:
-    rgb = imagenet and channels == 3
-    return Clip(
-        channels=channels,
-        frames=frames,
-        height=height,
-        width=height if width is None else width,
-        patch_size=patch_size,
-        tubelet_size=tubelet_size,
-        mean=IMAGENET_MEAN if rgb else (0.5,) * channels,
-        std=IMAGENET_STD if rgb else (0.5,) * channels,
-    )
-
-
-def _decoder(name: str, kind: DecoderKind) -> Decoder:
-    embed_dim, depth, num_heads = DECODERS.get(name, MAE_DECODER)
-    encoder_depth = ENCODERS[name].depth
-    taps = (encoder_depth,) if kind == "joint" else stage_ends(encoder_depth, depth)
-    return Decoder(kind=kind, embed_dim=embed_dim, depth=depth, num_heads=num_heads, taps=taps)
 
 
 def _training(name: str, epochs: int) -> Training:
@@ -126,15 +53,11 @@ def _training(name: str, epochs: int) -> Training:
 def mae(
     size: str = "B/16",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 224,
-    width: int | None = None,
-    tubelet_size: int = 1,
     patch_norm: bool = True,
     mask_ratio: float = 0.75,
     masking: Masking = "random",
     decoder: DecoderKind = "joint",
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """A masked auto-encoder: 75 % hidden, mask tokens, x0 of hidden tokens.
 
@@ -142,13 +65,13 @@ def mae(
     Values in [0, 1] are normalised by ImageNet's mean and standard deviation (official code); 0.5 and 0.5 for other
     channel counts, and for raw pixels, which then compare with DiffMAE's.
     """
-    name, patch_size = _parse_size(size)
+    name, patch_size = parse_size(size)
     return Recipe(
         name="mae" if patch_norm else "mae_raw",
         size=size,
-        clip=_clip(channels, frames, height, width, patch_size, tubelet_size, imagenet=patch_norm),
+        clip=clip_of(patch_size, 224, imagenet=patch_norm, **shape),
         encoder=ENCODERS[name],
-        decoder=_decoder(name, decoder),
+        decoder=decoder_of(name, decoder),
         condition=Condition(),
         branches=(
             Branch(
@@ -166,17 +89,13 @@ def mae(
 def diffmae(
     size: str = "B/16",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 224,
-    width: int | None = None,
-    tubelet_size: int = 1,
     mask_ratio: float = 0.75,
     masking: Masking = "random",
     decoder: DecoderKind = "cross_self",
     target: Predict = "x0",
     schedule: ScheduleKind = "linear",
     rho: float = 0.8,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """A diffusion masked auto-encoder: 75 % hidden, noise on the hidden tokens, x0 in raw pixels.
 
@@ -189,15 +108,15 @@ def diffmae(
     At mask_ratio=1 the model is unconditional. At mask_ratio=0 there is nothing to hand a decoder: the encoder itself
     sees every token with noise and predicts x0, the ablation's plain denoiser.
     """
-    name, patch_size = _parse_size(size)
+    name, patch_size = parse_size(size)
     noisy_encoder = mask_ratio == 0
     on: Where = "visible" if noisy_encoder else "hidden"
     return Recipe(
         name="diffmae",
         size=size,
-        clip=_clip(channels, frames, height, width, patch_size, tubelet_size, imagenet=False),
+        clip=clip_of(patch_size, 224, **shape),
         encoder=ENCODERS[name],
-        decoder=None if noisy_encoder else _decoder(name, decoder),
+        decoder=None if noisy_encoder else decoder_of(name, decoder),
         condition=Condition(time="add"),
         branches=(Branch(mask_ratio=mask_ratio, masking=masking, noise_on=on, terms=(Term(predict=target, on=on),)),),
         schedule=Schedule(kind=schedule, rho=rho),
@@ -239,12 +158,8 @@ def _dit_training(name: str, epochs: int, batch_size: int) -> Training:
 def dit(
     size: str = "B/4",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
     num_classes: int = 0,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """A diffusion transformer: every token carries noise, eps and the sampler's variance are predicted.
 
@@ -252,11 +167,11 @@ def dit(
     the time, batch 256 at 1e-4, 1,400 epochs (7 million steps): official code and its README. Published for latents of an
     auto-encoder with patches of 2; pixels at this geometry are our choice, which makes it comparable with UMD.
     """
-    name, patch_size = _parse_size(size)
+    name, patch_size = parse_size(size)
     return Recipe(
         name="dit",
         size=size,
-        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        clip=clip_of(patch_size, 64, **shape),
         encoder=dataclasses.replace(ENCODERS[name], num_class_tokens=0),
         decoder=None,
         network=DIT_NETWORK,
@@ -276,12 +191,8 @@ def dit(
 def maskdit(
     size: str = "B/4",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
     num_classes: int = 0,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """A masked diffusion transformer: half the tokens carry noise, the other half's noisy values are guessed.
 
@@ -291,13 +202,13 @@ def maskdit(
     # Differs from MaskDiT: DDPM's eps on linear betas; because its EDM preconditioning is known to fail for patches as
     # large as pixels need (JiT, arXiv 2511.13720, table 10), and then it compares with DiT.
     """
-    name, patch_size = _parse_size(size)
+    name, patch_size = parse_size(size)
     return Recipe(
         name="maskdit",
         size=size,
-        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        clip=clip_of(patch_size, 64, **shape),
         encoder=dataclasses.replace(ENCODERS[name], num_class_tokens=0),
-        decoder=_decoder(name, "joint"),
+        decoder=decoder_of(name, "joint"),
         network=DIT_NETWORK,
         condition=Condition(time="adaln", num_classes=num_classes),
         branches=(
@@ -349,21 +260,20 @@ def _umd_branches(clean_share: float, mask_ratio: float) -> tuple[Branch, ...]:
 def _umd(
     method: str,
     size: str,
-    shape: tuple[int, int, int, int | None, int],
+    shape: Shape,
     branches: tuple[Branch, ...],
     *,
     time: TimeKind = "adaln",
     faithful: bool = False,
     batch_size: int = 1024,
 ) -> Recipe:
-    name, patch_size = _parse_size(size)
-    channels, frames, height, width, tubelet_size = shape
+    name, patch_size = parse_size(size)
     encoder = ENCODERS[name]
     noisy = any(branch.noise_on == "visible" for branch in branches)
     return Recipe(
         name=f"{method}_faithful" if faithful else method,
         size=size,
-        clip=_clip(channels, frames, height, width, patch_size, tubelet_size),
+        clip=clip_of(patch_size, 64, **shape),
         encoder=dataclasses.replace(encoder, num_class_tokens=4, class_token_init="zeros" if faithful else "normal"),
         decoder=Decoder(
             kind="joint",
@@ -384,12 +294,8 @@ def _umd(
 def umd(
     size: str = "B/4",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
     faithful: bool = False,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """Unified masked diffusion: half the clips clean and 75 % hidden, half noisy and 37.5 % hidden.
 
@@ -400,52 +306,36 @@ def umd(
         faithful: start the class tokens at zero, as the authors' code does, so that the four stay one for ever.
             # Differs from UMD's code when False: they start at N(0, 0.02); because four equal tokens are one.
     """
-    shape = (channels, frames, height, width, tubelet_size)
     return _umd("umd", size, shape, _umd_branches(0.5, 0.375), faithful=faithful)
 
 
 def dit_umd(
     size: str = "B/4",
-    *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """DiT as UMD's authors trained theirs: their network, nothing hidden, half eps and half x0 on every token."""
-    return _umd("dit_umd", size, (channels, frames, height, width, tubelet_size), _umd_branches(0.0, 0.0))
+    return _umd("dit_umd", size, shape, _umd_branches(0.0, 0.0))
 
 
 def maskdit_umd(
     size: str = "B/4",
-    *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """MaskDiT as UMD's authors trained theirs: their network, half hidden, clean values on the hidden tokens."""
-    return _umd("maskdit_umd", size, (channels, frames, height, width, tubelet_size), _umd_branches(0.0, 0.5))
+    return _umd("maskdit_umd", size, shape, _umd_branches(0.0, 0.5))
 
 
 def mae_umd(
     size: str = "B/4",
     *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
     faithful: bool = False,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """MAE as UMD's authors meant theirs: their network, time as a token that always says clean, raw pixels, batch 4,096.
 
     Args:
         faithful: what the published command trains instead: it leaves the noisy branch on, so it is UMD without adaLN.
     """
-    shape = (channels, frames, height, width, tubelet_size)
     branches = _umd_branches(0.5, 0.375) if faithful else _umd_branches(0.5, 0.375)[:1]
     if not faithful:
         branches = (dataclasses.replace(branches[0], share=1.0),)
@@ -454,12 +344,7 @@ def mae_umd(
 
 def umd_flow(
     size: str = "B/4",
-    *,
-    channels: int = 3,
-    frames: int = 1,
-    height: int = 64,
-    width: int | None = None,
-    tubelet_size: int = 1,
+    **shape: Unpack[Shape],
 ) -> Recipe:
     """UMD with one prediction, our own variant after JiT (arXiv 2511.13720): clean values everywhere, on a straight flow.
 
@@ -468,7 +353,7 @@ def umd_flow(
     the second third of the encoder on: JiT's, whose own counts are 32 from block 4 of 12. Our choice: everything of UMD's
     that is not named here, rotary in the decoder too, and equal weights.
     """
-    recipe = umd(size, channels=channels, frames=frames, height=height, width=width, tubelet_size=tubelet_size)
+    recipe = umd(size, **shape)
     clean, noisy = recipe.branches
     terms = (
         Term(predict="x0", on="visible", weight=0.5, space="v"),
@@ -547,7 +432,9 @@ def generator(recipe: Recipe, num_classes: int) -> Recipe:
     )
 
 
-def umd_finetune(size: str = "B/4", *, num_classes: int = 1000, faithful: bool = False, **shape: int) -> Recipe:
+def umd_finetune(
+    size: str = "B/4", *, num_classes: int = 1000, faithful: bool = False, **shape: Unpack[Shape]
+) -> Recipe:
     """UMD as a class-conditional generator: `generator` of `umd`."""
     return generator(umd(size, faithful=faithful, **shape), num_classes)
 

@@ -1,4 +1,4 @@
-"""A run's directory: the names of its files, who may write in it, its records, and whether it is the same run."""
+"""A run and its directory: how it is run, the names of its files, who may write in them, and whether it is the same run."""
 
 import contextlib
 import fcntl
@@ -7,12 +7,14 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from unveil.checkpoint import write_atomically
 
+Precision = Literal["fp32", "bf16"]
 CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
     "config.json",
     "metrics.jsonl",
@@ -20,6 +22,29 @@ CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
     "contact_sheet.png",
     "problems.jsonl",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a recipe is run here, beside what is trained. Data and seed make the result; precision, device and compile move
+    its last digits.
+
+    save_minutes: time between saves; one more is made at the end and when the run is interrupted.
+    classes: the names of the classes, for a recipe that has them.
+    start: the weights that it starts from, as given by the user; None for drawn ones.
+    """
+
+    data: str
+    out: Path
+    seed: int = 0
+    workers: int = 0
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    compile: bool = False
+    save_minutes: float = 2.0
+    command: str = ""
+    classes: tuple[str, ...] = ()
+    start: str | None = None
 
 
 def _step_of(line: str) -> float:

@@ -3,94 +3,28 @@
 import dataclasses
 import json
 import math
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from unveil import __version__
-from unveil.checkpoint import LAST, WEIGHTS, About, pick_device, save_weights, write_atomically
-from unveil.config import LrSchedule, Recipe, Training, to_dict
-from unveil.data import Batch, Order, Samples, Source, batches, decoded_bytes
+from unveil.checkpoint import LAST, WEIGHTS, About, save_weights, write_atomically
+from unveil.data import Batch, Order, Samples, batches
 from unveil.losses import Draws, Objective, draw
-from unveil.masking import draw_mask, gather, scatter
+from unveil.masking import draw_mask
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import generate, masked_view, pixels_of, predict, repaint
-from unveil.report import contact_sheet, save_png
-from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, check_same_run, interruptible, last_loss, lock
-from unveil.tokens import patch_statistics
+from unveil.optim import lr_factor, optimizer_for, running_average
+from unveil.recipe import Recipe, to_dict
+from unveil.report import save_png
+from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, Run, check_same_run, interruptible, last_loss, lock
+from unveil.sheet import what_it_sees
 
-Precision = Literal["fp32", "bf16"]
-ADAM_BETA1 = 0.9
-CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
-SHEET_STEPS = 20
 SHEET_SAMPLES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How a recipe is run here, beside what is trained. Data and seed make the result; precision, device and compile move
-    its last digits.
-
-    save_minutes: time between saves; one more is made at the end and when the run is interrupted.
-    classes: the names of the classes, for a recipe that has them.
-    start: the weights that it starts from, as given by the user; None for drawn ones.
-    """
-
-    data: str
-    out: Path
-    seed: int = 0
-    workers: int = 0
-    device: str = "cpu"
-    precision: Precision = "fp32"
-    compile: bool = False
-    save_minutes: float = 2.0
-    command: str = ""
-    classes: tuple[str, ...] = ()
-    start: str | None = None
-
-
-class TrainingOptions(Protocol):
-    """What a user may say of any training; None is the recipe's own, or what fits the data and the machine."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def out(self) -> Path: ...
-    @property
-    def epochs(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int | None: ...
-    @property
-    def blr(self) -> float | None: ...
-    @property
-    def warmup_epochs(self) -> float | None: ...
-    @property
-    def crop_scale(self) -> float | None: ...
-    @property
-    def flip(self) -> bool | None: ...
-    @property
-    def ema_decays(self) -> tuple[float, ...] | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def workers(self) -> int | None: ...
-    @property
-    def device(self) -> str | None: ...
-    @property
-    def precision(self) -> Precision | None: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def save_minutes(self) -> float: ...
 
 
 @dataclass
@@ -102,131 +36,6 @@ class Progress:
     images_seen: int
     loss: float
     images_per_second: float
-
-
-def planned(training: Training, options: TrainingOptions) -> Training:
-    """A recipe's training with what the user says in its place."""
-    given = {
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "base_lr": options.blr,
-        "warmup_epochs": options.warmup_epochs,
-        "crop_scale": options.crop_scale,
-        "flip": options.flip,
-        "ema_decays": options.ema_decays,
-    }
-    return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
-
-
-def prepare(
-    recipe: Recipe, source: Source, options: TrainingOptions, classes: tuple[str, ...] = (), start: str | None = None
-) -> tuple[Recipe, Samples, Run]:
-    """What `train` needs for a user's options: pictures are kept in memory if they fit, and are otherwise read by one worker
-    for each core; a batch whose size the user did not give is no larger than the data.
-
-    Raises:
-        ValueError: an option is out of its range, or the device cannot be used.
-    """
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
-    if not options.save_minutes >= 0:
-        raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
-    fits = decoded_bytes(source) < CACHE_LIMIT
-    workers = options.workers
-    if workers is None:
-        workers = 0 if fits else min(torch.get_num_threads(), len(source))
-    if len(source) < recipe.training.batch_size and options.batch_size is None:
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(source)))
-    device = pick_device(options.device)
-    run = Run(
-        data=options.data,
-        out=options.out,
-        seed=options.seed,
-        workers=workers,
-        device=device,
-        precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
-        compile=options.compile,
-        save_minutes=options.save_minutes,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        classes=classes,
-        start=start,
-    )
-    samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
-    return recipe, samples, run
-
-
-def optimizer_for(model: nn.Module, training: Training) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, class and mask tokens, and norms unless the recipe decays them (UMD does)."""
-    decay, plain = [], []
-    for name, parameter in model.named_parameters():
-        spared = name.endswith(("_token", "bias")) or (parameter.ndim <= 1 and not training.decay_norms)
-        (plain if spared else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
-
-
-def lr_factor(step: int, num_steps: int, warmup_steps: int, schedule: LrSchedule = "cosine") -> float:
-    """Linear warm-up, then half a cosine to 0, or 1 throughout."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
-
-def running_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An average of the weights whose decay grows to its full value over the first steps: min(decay, (1 + n) / (10 + n))."""
-
-    @torch.no_grad()
-    def update(averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, current in zip(averages, currents, strict=True):
-            average.lerp_(current, weight)
-
-    return AveragedModel(model, multi_avg_fn=update)
-
-
-def what_it_sees(model: MaskedDiffusionAutoencoder, clips: Tensor, seed: int = 0) -> Any:
-    """The contact sheet of a model: the truth, what is left of it, what it makes of the rest and of nothing."""
-    recipe, sizes = model.recipe, model.recipe.clip
-    rows = [("truth", list(clips))]
-    noisy = recipe.branch_on("hidden")
-    branch = recipe.branch_on("none") or (noisy if noisy and noisy.mask_ratio < 1 else None)
-    if branch is not None:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clips))]
-        mask = draw_mask(branch.masking, generators, sizes.grid, branch.mask_ratio).to(clips.device)
-        holes = pixels_of(mask.flags(), sizes.grid, sizes.patch_size, sizes.tubelet_size)
-        rows.append((f"what the encoder sees ({branch.mask_ratio:.0%} hidden)", list(masked_view(clips, holes))))
-        if "repaint" not in model.can:
-            with torch.inference_mode():
-                x0 = model.tokens(clips)
-                prediction = model(gather(x0, mask.visible), mask)["hidden"]["x0"].float()
-                mean, std = patch_statistics(gather(x0, mask.hidden))
-                painted = model.pixels(scatter(x0, mask.hidden, prediction * std + mean))
-            rows.append(
-                ("prediction, with each patch's true brightness and contrast (target is normalised)", list(painted))
-            )
-        elif recipe.reconstructs:
-            rows.append(("prediction", list(predict(model, clips, holes))))
-        else:
-            rows.append(
-                (
-                    f"prediction at t = {model.schedule.end if model.schedule else 0} (one step)",
-                    list(predict(model, clips, holes)),
-                )
-            )
-            samples = repaint(model, clips, holes, num_steps=SHEET_STEPS, seed=seed, num_samples=2)
-            for i in range(2):
-                rows.append((f"sample {i + 1}, {SHEET_STEPS} DDPM steps", list(samples[:, i])))
-    if "generate" in model.can:
-        labels, of = None, "nothing"
-        if recipe.condition.num_classes:
-            labels = torch.arange(len(clips)) % recipe.condition.num_classes
-            of = f"classes {', '.join(str(label) for label in labels.tolist())}"
-        made = generate(model, range(len(clips)), labels, num_steps=SHEET_STEPS, seed=seed)
-        rows.append((f"generated from {of}, {SHEET_STEPS} DDIM steps", list(made)))
-    return contact_sheet(rows)
 
 
 class Trainer:

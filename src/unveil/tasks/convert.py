@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from unveil.checkpoint import About, save_weights
-from unveil.config import to_dict
 from unveil.convert import Kind, from_dit, from_umd, recognise
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import to_dict
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 # Of DiT's published training script, whose files hold the weights and their running average.

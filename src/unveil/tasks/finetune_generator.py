@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from unveil.checkpoint import load_model
-from unveil.config import Recipe
 from unveil.data import open_source
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.planning import TrainingOptions, planned, prepare
+from unveil.recipe import Recipe
 from unveil.recipes import generator
-from unveil.train import Precision, Progress, planned, prepare, train
+from unveil.train import Progress, train
 
 LABEL_TABLE = "condition.label_embed.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneGenerator:
+class FinetuneGenerator(TrainingOptions):
     """Train a pre-trained model on labelled pictures until it generates them by class: UMD's published fine-tuning.
 
     For umd, umd_flow, dit, maskdit, and dit_umd, maskdit_umd, mae_umd. All weights are trained on. The image size, the
@@ -31,46 +32,12 @@ class FinetuneGenerator:
 
     run: Path
     """The pre-trained model: a run directory or a weights file."""
-    data: str
-    """Labelled pictures: a folder with a folder for each class, a parquet file with a label column, `digits:train`, or
-    `moving-digits:train`."""
-    out: Path
-    """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
 
     clean_share: float | None = None
     """Share of the clips that is clean and three quarters hidden, as in pre-training; 0 for none. Default: 0.05 for a
     model that was pre-trained with such clips, else none."""
     label_dropout: float | None = None
     """Share of the labels that is replaced by "no class", which guidance needs. Default 0.1."""
-
-    epochs: int | None = None
-    """Passes over the data. Default 50."""
-    batch_size: int | None = None
-    """Clips in one step. Default 256; 64 for Nano and Micro."""
-    blr: float | None = None
-    """Base learning rate; the learning rate is blr * batch size / 256. Default 1.5e-4; 6e-3 for Nano and Micro."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up. Default 2; 1 for Nano and Micro."""
-    crop_scale: float | None = None
-    """Smallest share of the area that a random crop keeps. Default 0.95; 1 if it was pre-trained without crops."""
-    flip: bool | None = None
-    """Mirror half of the pictures. Default: as in pre-training."""
-    ema_decays: tuple[float, ...] | None = None
-    """Decays of running averages of the weights; the first is saved as model.safetensors, the others as
-    ema-DECAY.safetensors beside it, the weights as trained as last.safetensors. Default 0.9999; 0.999 for Nano and Micro."""
-
-    seed: int = 0
-    """Fixes the new weights, the order, and every draw."""
-    workers: int | None = None
-    """Processes that read data. Default: 0 if the pictures fit into memory, else one for each core."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
-    precision: Precision | None = None
-    """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
-    compile: bool = False
-    """Compile the step with torch.compile; pays for long runs."""
-    save_minutes: float = 2.0
-    """Minutes between saves and refreshed contact sheets."""
 
 
 def with_clean_share(recipe: Recipe, share: float) -> Recipe:

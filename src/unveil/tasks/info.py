@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from unveil.checkpoint import find_weights, read_header
-from unveil.config import to_dict
 from unveil.cost import masked_step
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.recipe import to_dict
 
 
 @dataclass(frozen=True, kw_only=True)

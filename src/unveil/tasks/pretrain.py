@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from unveil import recipes
-from unveil.config import DecoderKind, Masking, Recipe, ScheduleKind
+from unveil import recipes, sizes
+from unveil.config import DecoderKind, Masking, ScheduleKind
 from unveil.data import open_source
-from unveil.train import Precision, Progress, planned, prepare, train
+from unveil.planning import TrainingOptions, planned, prepare
+from unveil.recipe import Recipe
+from unveil.train import Progress, train
 
 RecipeName = Literal[
     "diffmae", "mae", "mae_raw", "umd", "umd_flow", "dit", "maskdit", "dit_umd", "maskdit_umd", "mae_umd"
@@ -18,17 +19,12 @@ MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
+class Pretrain(TrainingOptions):
     """Train a masked auto-encoder on unlabelled pictures or clips, or go on with a run that was interrupted.
 
     Example: unveil pretrain --data photos/ --out runs/photos --size Micro/8 --image-size 64 --epochs 100
     """
 
-    data: str
-    """A folder of pictures (nested or flat), a parquet file with an image column, `digits:train`, or
-    `moving-digits:train`."""
-    out: Path
-    """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
     recipe: RecipeName = "diffmae"
     """diffmae: paints and represents. mae: normalised patches, represents. mae_raw: raw pixels, one-step painting. umd:
     represents and generates. umd_flow: the same with one prediction. dit, maskdit: generate. dit_umd, maskdit_umd,
@@ -62,35 +58,6 @@ class Pretrain:
     """umd, mae_umd: as the authors' code does it, with what docs/umd.md names as its flaws."""
     labels: bool = False
     """Train with the classes of the data, for dit, maskdit and the others that generate. Default: without."""
-
-    epochs: int | None = None
-    """Passes over the data. Default: the recipe's, 1600 for DiffMAE, 800 for MAE and UMD, 100 for Nano and Micro."""
-    batch_size: int | None = None
-    """Clips in one step. Default: the recipe's, 4096, or 64 for Nano and Micro."""
-    blr: float | None = None
-    """Base learning rate; the learning rate is blr * batch size / 256."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up."""
-    crop_scale: float | None = None
-    """Smallest share of the area that a random crop keeps; 1 for no cropping. Default 0.2; 0.4 for Micro, 1 for Nano."""
-    flip: bool | None = None
-    """Mirror half of the pictures. Default: yes, but not for digits and Nano."""
-    ema_decays: tuple[float, ...] | None = None
-    """Decays of running averages of the weights, one or several; the first is saved as model.safetensors, the others as
-    ema-DECAY.safetensors beside it, the weights as trained as last.safetensors."""
-
-    seed: int = 0
-    """Fixes the initial weights, the order, and every draw."""
-    workers: int | None = None
-    """Processes that read data. Default: 0 if the pictures fit into memory, else one for each core."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
-    precision: Precision | None = None
-    """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
-    compile: bool = False
-    """Compile the step with torch.compile; pays for long runs."""
-    save_minutes: float = 2.0
-    """Minutes between saves and refreshed contact sheets."""
 
 
 BUILT_IN = {
@@ -138,7 +105,7 @@ def recipe_of(options: Pretrain) -> Recipe:
     )
     training = recipe.training
     if built_in:  # digits at any size are augmented as the size meant for them is
-        nano = recipes.NANO_TRAINING
+        nano = sizes.NANO_TRAINING
         training = dataclasses.replace(training, flip=nano.flip, crop_scale=nano.crop_scale)
     return dataclasses.replace(recipe, training=planned(training, options))
 
@@ -162,7 +129,7 @@ def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None =
             )
         classes = tuple(source.classes)
         told = dataclasses.replace(recipe.condition, num_classes=len(classes))
-        training = dataclasses.replace(recipe.training, label_dropout=recipes.LABEL_DROPOUT)
+        training = dataclasses.replace(recipe.training, label_dropout=sizes.LABEL_DROPOUT)
         recipe = dataclasses.replace(recipe, condition=told, training=training)
     recipe, samples, run = prepare(recipe, source, options, classes)
     return train(recipe, samples, run, on_progress)

@@ -1,0 +1,108 @@
+"""From a user's options to what training needs: the recipe's numbers, samples and a run."""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unveil.checkpoint import pick_device
+from unveil.config import Training
+from unveil.data import Samples, Source, decoded_bytes
+from unveil.recipe import Recipe
+from unveil.rundir import Precision, Run
+
+CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What a user may say of any training; a command's options are these and its own."""
+
+    data: str
+    """A folder of pictures (nested or flat), a parquet file with an image column, `digits:train`, or
+    `moving-digits:train`. With labels: a folder for each class, or a label column."""
+    out: Path
+    """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
+
+    epochs: int | None = None
+    """Passes over the data. Default: the recipe's; for Nano and Micro 100, and 50 to fine-tune a generator."""
+    batch_size: int | None = None
+    """Clips in one step. Default: the recipe's; 64 for Nano and Micro."""
+    blr: float | None = None
+    """Base learning rate; the learning rate is blr * batch size / 256. Default: the recipe's; 6e-3 for Nano and Micro."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. Default: the recipe's; 1 for Nano and Micro."""
+    crop_scale: float | None = None
+    """Smallest share of a picture's area that a random crop keeps; 1 for no cropping. Default: the recipe's."""
+    flip: bool | None = None
+    """Mirror half of the pictures. Default: yes, but not for digits and Nano."""
+    ema_decays: tuple[float, ...] | None = None
+    """Decays of running averages of the weights, one or several; the first is saved as model.safetensors, the others as
+    ema-DECAY.safetensors beside it, the weights as trained as last.safetensors. Default: the recipe's."""
+
+    seed: int = 0
+    """Fixes the initial weights, the order, and every draw."""
+    workers: int | None = None
+    """Processes that read data. Default: 0 if the pictures fit into memory, else one for each core."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
+    precision: Precision | None = None
+    """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
+    compile: bool = False
+    """Compile the step with torch.compile; pays for long runs."""
+    save_minutes: float = 2.0
+    """Minutes between saves and refreshed contact sheets."""
+
+
+def planned(training: Training, options: TrainingOptions) -> Training:
+    """A recipe's training with what the user says in its place."""
+    given = {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "base_lr": options.blr,
+        "warmup_epochs": options.warmup_epochs,
+        "crop_scale": options.crop_scale,
+        "flip": options.flip,
+        "ema_decays": options.ema_decays,
+    }
+    return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
+
+
+def prepare(
+    recipe: Recipe, source: Source, options: TrainingOptions, classes: tuple[str, ...] = (), start: str | None = None
+) -> tuple[Recipe, Samples, Run]:
+    """What `train` needs for a user's options: pictures are kept in memory if they fit, and are otherwise read by one worker
+    for each core; a batch whose size the user did not give is no larger than the data.
+
+    Raises:
+        ValueError: an option is out of its range, or the device cannot be used.
+    """
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
+    if not options.save_minutes >= 0:
+        raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
+    fits = decoded_bytes(source) < CACHE_LIMIT
+    workers = options.workers
+    if workers is None:
+        workers = 0 if fits else min(torch.get_num_threads(), len(source))
+    if len(source) < recipe.training.batch_size and options.batch_size is None:
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(source)))
+    device = pick_device(options.device)
+    run = Run(
+        data=options.data,
+        out=options.out,
+        seed=options.seed,
+        workers=workers,
+        device=device,
+        precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
+        compile=options.compile,
+        save_minutes=options.save_minutes,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        classes=classes,
+        start=start,
+    )
+    samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
+    return recipe, samples, run
