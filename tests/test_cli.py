@@ -390,7 +390,7 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
     photos(tmp_path / "photos")
     photos(tmp_path / "others")
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
-    monkeypatch.setattr(train_module, "SHEET_STEPS", 5)
+    monkeypatch.setattr("unveil.sheet.SHEET_STEPS", 5)
     monkeypatch.chdir(tmp_path)
     for command in readme_commands():
         few = {

@@ -120,7 +120,7 @@ def variance_bound(
     The share, (B, S, P) in [0, 1] between them, interpolates the log variance from the posterior's to the step's own.
     Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15 and 16: the mean is taken from eps without gradient.
     """
-    assert isinstance(schedule, DiscreteSchedule) and part.x_t is not None
+    assert isinstance(schedule, DiscreteSchedule) and part.x_t is not None and part.eps is not None
 
     def per_clip(value: Tensor) -> Tensor:
         return value[:, None, None]
@@ -134,14 +134,13 @@ def variance_bound(
     posterior = torch.where(t == 1, beta_2 * s_1**2 / s_2**2, beta * s_s**2 / s_t**2)
     log_beta, log_posterior = per_clip(beta.log().float()), per_clip(posterior.log().float())
     log_variance = share * log_beta + (1 - share) * log_posterior
-    of_x_t, of_x0 = per_clip((step * s_s**2 / s_t**2).float()), per_clip((a_s * beta / s_t**2).float())
-    x0 = (part.x_t - per_clip(s_t.float()) * eps) / per_clip(a_t.float())
-    mean = (of_x_t * part.x_t + of_x0 * x0).detach()
-    true_mean = of_x_t * part.x_t + of_x0 * part.x0
+    # the two means differ through the noise alone; nothing is divided by alpha, which may be next to nothing
+    apart = per_clip((beta / (s_t * step)).float()) * (eps - part.eps).detach()
     kl = 0.5 * (
-        log_variance - log_posterior - 1 + (log_posterior - log_variance).exp()
-        + (true_mean - mean).square() * (-log_variance).exp()
-    )  # fmt: skip
+        log_variance - log_posterior - 1 + (log_posterior - log_variance).exp() + apart.square() * (-log_variance).exp()
+    )
+    a_1 = per_clip(torch.where(t == 1, a_t, 1.0).float())  # at t = 1 the mean is the clean values that eps implies
+    mean = ((part.x_t - per_clip(s_t.float()) * eps) / a_1).detach()
     likelihood = -_log_cdf_difference(part.x0, mean, 0.5 * log_variance, (high - low) / 255, low, high)
     return torch.where(per_clip(t == 1), likelihood, kl).mean(-1) / math.log(2)
 
