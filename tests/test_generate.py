@@ -1,6 +1,7 @@
 """`unveil generate`: which samples are made and where they lie, and what is refused before anything is written."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -33,7 +34,12 @@ def save(run: Path, name: str, classes: tuple[str, ...] = (), seed: int = 0, **a
     """A run whose weights were drawn; with classes, the recipe's generator."""
     if classes:
         arguments["generator"] = len(classes)
-    model = build(small(name, **{**DIGIT, **arguments}), seed, spread=0.2)
+    label_dropout = arguments.pop("label_dropout", None)
+    recipe = small(name, **{**DIGIT, **arguments})
+    if label_dropout is not None:
+        training = dataclasses.replace(recipe.training, label_dropout=label_dropout)
+        recipe = dataclasses.replace(recipe, training=training)
+    model = build(recipe, seed, spread=0.2)
     about = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none", classes=classes)
     save_weights(run / WEIGHTS, model.recipe, model.state_dict(), about)
     return run
@@ -414,6 +420,7 @@ def test_the_first_process_speaks_for_all(
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "umd": ("umd", {}),
     "classes": ("umd", {"classes": NAMES}),
+    "undropped": ("umd", {"classes": NAMES, "label_dropout": 0.0}),
     "many": ("umd", {"classes": tuple(f"class {i}" for i in range(30))}),
     "flow": ("umd_flow", {"classes": NAMES}),
     "video": ("umd", {"frames": 4, "tubelet_size": 2}),
@@ -438,9 +445,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         ("{classes} --classes cta", ["'cta' is no class of this model", "0 to 2. Did you mean 'cat'"]),
         ("{classes} --classes 0,", ["'' is no class of this model"]),
         ("{many} --classes dog", ["'dog' is no class of this model", "0 to 29. `unveil info --json` lists"]),
-        ("{umd} --num-samples 0", ["--num-samples 0: use at least 1"]),
-        ("{umd} --batch-size 0", ["--batch-size 0: use at least 1"]),
+        ("{umd} --num-samples 0", ["--num-samples 0: use 1 to 10000000"]),
+        ("{umd} --batch-size 0", ["--batch-size 0: use 1 to"]),
+        ("{umd} --num-samples 99999999999", ["--num-samples 99999999999: use 1 to 10000000"]),
         ("{umd} --first -1", ["--first -1: samples are numbered from 0"]),
+        ("{umd} --first 9223372036854775807", ["samples are numbered from 0 to 1000000000000"]),
+        ("{classes} --classes=", ["'' is no class of this model"]),
+        ("{umd} --device meta", ["--device meta computes nothing"]),
+        ("{undropped} --guidance-scale 2", ["label_dropout=0", "--label-dropout 0.1"]),
         ("{umd} --num-steps 0", ["num_steps=0", "1 to 1000"]),
         ("{umd} --num-steps 1001", ["num_steps=1001", "1 to 1000"]),
         ("{flow} --num-steps 0", ["num_steps=0", "Use 1 or more"]),
@@ -485,6 +497,27 @@ def test_generate_refuses(
     for pattern in patterns:
         assert re.search(pattern, line), (pattern, line)
     assert not out.exists()
+
+
+def test_a_second_run_in_the_same_new_directory_is_refused(
+    tmp_path: Path, unconditional: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found it empty; only one may write, and it leaves no mark behind."""
+    out, checked = tmp_path / "out", task.plan
+
+    def plan_and_start_another(options: Any, *arguments: Any) -> Any:
+        planned = checked(options, *arguments)
+        monkeypatch.setattr(task, "plan", checked)
+        make(unconditional, tmp_path / "elsewhere", num_samples=1)
+        out.mkdir()
+        (out / task.CLAIM).touch()  # the other one has begun
+        return planned
+
+    monkeypatch.setattr(task, "plan", plan_and_start_another)
+    with pytest.raises(ValueError, match="out is in use by another run"):
+        make(unconditional, out, num_samples=2)
+    assert [path.name for path in out.iterdir()] == [task.CLAIM]
+    assert not (tmp_path / "elsewhere" / task.CLAIM).exists()
 
 
 def test_generate_refuses_a_directory_that_holds_something(

@@ -176,7 +176,8 @@ def test_a_hole_is_filled_the_same_way_in_any_company(variant: str) -> None:
         assert not torch.equal(together[0], other[0])
     mean = predict(model, clips, holes)
     for i in range(4) if model.recipe.reconstructs else ():
-        torch.testing.assert_close(mean[i], predict(model, clips[i : i + 1], holes[i : i + 1])[0], rtol=0, atol=1e-5)
+        alone = predict(model, clips[i : i + 1], holes[i : i + 1], indices=[i])
+        torch.testing.assert_close(mean[i], alone[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", SEE_NOISE)
@@ -235,3 +236,13 @@ def test_without_clean_clips_the_prediction_is_one_step_from_noise(variant: str)
     clips, holes = clips_for(model.recipe), some()
     one_step = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=4)[:, 0]
     assert torch.equal(predict(model, clips, holes, seed=4), one_step) == (variant != "umd_flow")
+
+
+def test_predict_without_anything_visible_starts_from_noise() -> None:
+    """UMD's clean branch always saw a quarter; and the noise of a clip is that of its own index."""
+    recipe = small("umd")
+    model, clips = build(recipe), clips_for(recipe, 3)
+    everything = torch.ones(3, *clips.shape[2:], dtype=torch.bool)
+    expected = repaint(model, clips, everything, num_steps=1, sampler="ddim", indices=[7, 8, 9])[:, 0]
+    torch.testing.assert_close(predict(model, clips, everything, indices=[7, 8, 9]), expected)
+    assert not torch.equal(predict(model, clips, everything), expected)

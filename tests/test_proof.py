@@ -89,13 +89,8 @@ def test_scores_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> Non
     holes = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     holes[:, :, :4] = True
 
-    def fake(*_: Any, num_steps: int, num_samples: int = 1, sampler: str, **__: Any) -> Tensor:
-        if num_samples == 1:
-            assert (num_steps, sampler) == (1, "ddim")  # the prediction at t = T, and nothing sampled on the way
-            return one_step
-        return samples
-
-    monkeypatch.setattr(evaluate_module, "repaint", fake)
+    monkeypatch.setattr(evaluate_module, "predict", lambda *_, **__: one_step[:, 0])
+    monkeypatch.setattr(evaluate_module, "repaint", lambda *_, **__: samples)
     score = evaluate_module.score(model, clips, holes, num_samples=3, num_steps=5, sampler="ddpm", seed=0)
     top = (..., slice(None, 4), slice(None))
     errors = ((samples - clips[:, None])[top] ** 2).mean((2, 3, 4, 5)).double()
@@ -261,3 +256,20 @@ def test_rows_without_a_label_are_no_class(run: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "d.parquet")
     result = probe(Probe(run=run, data=str(tmp_path / "d.parquet"), test_data="digits:test", labels_per_class=10))
     assert result["train_samples"] == len(source) - 1
+
+
+def test_few_shots_take_at_most_a_hundred_of_each_class_and_fewer_of_a_rare_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = torch.cat([torch.zeros(150), torch.ones(3)]).long()
+    seen: list[list[int]] = []
+
+    def count(train: Tensor, classes: Tensor, test: Tensor, num_classes: int) -> Tensor:
+        seen.append(classes.bincount().tolist())
+        return torch.zeros(len(test), dtype=torch.long)
+
+    monkeypatch.setattr(probe_module, "fewshot_predict", count)
+    options = Probe(run=Path("none"), data="none", method="fewshot")
+    x, test = torch.randn(153, 4), torch.randn(2, 4)
+    assert probe_module._scores(x, labels, test, torch.tensor([0, 1]), options) == {"fewshot": 50.0}
+    assert seen == [[100, 3]] * 5

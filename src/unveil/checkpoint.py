@@ -131,6 +131,8 @@ def pick_device(device: str | None) -> str:
     """The device that was asked for, if it can be used; otherwise CUDA if there is one, else the CPU."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("meta"):
+        raise ValueError(f"--device {device} computes nothing. Use cpu, or cuda.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -168,17 +168,32 @@ def repaint(
 
 
 @torch.inference_mode()
-def predict(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, *, seed: int = 0) -> Tensor:
+def predict(
+    model: MaskedDiffusionAutoencoder,
+    clips: Tensor,
+    holes: Tensor,
+    *,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> Tensor:
     """The single prediction from the visible tokens, (B, C, T, H, W): a mean, so blurry, and the best in decibels.
 
-    Of a model with a clean branch it is that branch's; otherwise the prediction at the last time, from noise alone.
+    Of a model with a clean branch it is that branch's, if anything is visible; otherwise the prediction at the last time,
+    from noise alone, to which seed and indices belong as in `repaint`.
     """
     if not model.recipe.reconstructs:
-        return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed)[:, 0]
+        return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, indices=indices)[:, 0]
     x0, _, hidden = _holes_in_tokens(model, clips, holes)
     result = clips.clone()
     for rows, mask in group_rows(hidden.cpu()):
         if mask.hidden.shape[1] == 0:
+            continue
+        if mask.visible.shape[1] == 0:  # which the clean branch never saw
+            mine = [i if indices is None else indices[i] for i in rows.tolist()]
+            rows = rows.to(clips.device)
+            result[rows] = repaint(
+                model, clips[rows], holes[rows], num_steps=1, sampler="ddim", seed=seed, indices=mine
+            )[:, 0]
             continue
         rows, mask = rows.to(clips.device), mask.to(clips.device)
         painted = model.reconstruct(x0[rows], mask)
@@ -219,6 +234,11 @@ def check_can_generate(model: MaskedDiffusionAutoencoder, labels: Tensor | None,
         raise ValueError(
             f"Guidance leads towards a class, but {'none was asked for' if num_classes else 'this model has none'}. "
             "Use guidance 1, or " + ("ask for a class." if num_classes else "a model with classes.")
+        )
+    if guided and recipe.training.label_dropout == 0:
+        raise ValueError(
+            f'This {recipe.name} {recipe.size} was trained with label_dropout=0, so it never learned "no class", from which '
+            "guidance leads away. Use guidance 1, or fine-tune it with --label-dropout 0.1."
         )
 
 

@@ -12,7 +12,7 @@ from unveil.checkpoint import load_model, pick_device
 from unveil.data import Samples, batches, open_source
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, named_holes, repaint
+from unveil.pipeline import Sampler, named_holes, predict, repaint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def score(
     sharpness: the samples' Laplacian energy over the truth's, both summed by the caller.
     """
     inside = holes[:, None].expand_as(clips)
-    prediction = repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, indices=indices)[:, 0]
+    prediction = predict(model, clips, holes, seed=seed, indices=indices)
     figures = {
         "prediction": hole_mse(prediction, clips, holes),
         "laplacian_truth": laplacian_energy(clips, holes),

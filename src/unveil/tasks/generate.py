@@ -28,6 +28,10 @@ LINES, FRAMES = 10, 10  # of a sheet, and side by side in one of its lines
 WAIT = datetime.timedelta(hours=2)  # for the slowest process; one that dies is noticed at once
 
 
+MAX_SAMPLES, MAX_FIRST = 10**7, 10**12
+CLAIM = ".generating"  # lies in the directory while a run writes there
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     """Make pictures or clips from noise, of any class or without.
@@ -130,10 +134,10 @@ def chosen_classes(text: str, num_classes: int, names: Sequence[str]) -> list[in
 
 def _check_numbers(options: Generate) -> None:
     for name in ("num_samples", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: use at least 1.")
-    if options.first < 0:
-        raise ValueError(f"--first {options.first}: samples are numbered from 0 on.")
+        if not 1 <= getattr(options, name) <= MAX_SAMPLES:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 to {MAX_SAMPLES}.")
+    if not 0 <= options.first <= MAX_FIRST:
+        raise ValueError(f"--first {options.first}: samples are numbered from 0 to {MAX_FIRST}.")
     if not 0 <= options.eta <= 1:
         raise ValueError(f"--eta {options.eta}: it runs from 0 (deterministic) to 1 (as ddpm). Use a value between.")
     if options.eta and options.sampler != "ddim":
@@ -163,6 +167,14 @@ def _check_kept(options: Generate, model: MaskedDiffusionAutoencoder) -> None:
         raise ValueError(f"--out {options.out} is not empty ({inside[0]!r}). Name a new directory, or empty this one.")
 
 
+def _claim(out: Path) -> None:
+    """Make the directory this run's own, though another should have found it empty at the same moment."""
+    try:
+        (out / CLAIM).touch(exist_ok=False)
+    except FileExistsError:
+        raise ValueError(f"--out {out} is in use by another run. Wait for it, or name a new directory.") from None
+
+
 def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[str]) -> Plan:
     """Settle what is made, and refuse what cannot be.
 
@@ -174,7 +186,9 @@ def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[s
     guided = options.guidance_scale != 1
     labels = None
     if num_classes and options.classes != "none":
-        classes = torch.tensor(chosen_classes(options.classes or "all", num_classes, names))
+        classes = torch.tensor(
+            chosen_classes("all" if options.classes is None else options.classes, num_classes, names)
+        )
         # by a sample's own number, so that later samples go on with the turns
         labels = classes[(options.first + torch.arange(options.num_samples)) % len(classes)]
     asked = labels
@@ -448,9 +462,12 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
             on_progress(min(done * spread.world, options.num_samples), options.num_samples)
 
     with spread:
-        made, problem = _Made(options, spread.rank, line), None
+        made, problem, claimed = _Made(options, spread.rank, line), None, False
         try:
             try:
+                if spread.rank == 0:
+                    _claim(options.out)
+                    claimed = True
                 _make(options, model, planned, mine, made, show)
             except (ValueError, OSError) as error:
                 problem = str(error)
@@ -464,6 +481,8 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
             spread.gather(None, problem)  # only then are the parts read, and may go
         finally:
             made.part.unlink(missing_ok=True)
+            if claimed:
+                (options.out / CLAIM).unlink(missing_ok=True)
     if spread.rank:
         return {"rank": spread.rank}
     return {
