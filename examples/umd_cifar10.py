@@ -185,7 +185,9 @@ def main(options: Options) -> None:
     results.part(
         "setting",
         make=lambda: {
-            **{k: str(v) for k, v in dataclasses.asdict(options).items()},
+            **{k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+            "train": Path(options.train).name,
+            "test": Path(options.test).name,
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
         },

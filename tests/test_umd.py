@@ -1010,3 +1010,25 @@ def test_maskdits_target_is_the_noisy_picture() -> None:
     of_eps = (predictions["visible"]["eps"] - part.noise[:, :V]).square().mean()
     of_noisy = (predictions["hidden"]["noisy"] - target).square().mean()
     assert_close(objective(clips, draws)[0], of_eps + 0.1 * of_noisy, rtol=1e-6, atol=1e-6)
+
+
+def test_the_training_of_the_full_sizes_is_the_papers() -> None:
+    """umd.md 3 and 4; DiT's and MaskDiT's own: constant 1e-4, no decay. In numbers, because no small recipe uses them."""
+    umd, tuned = recipes.umd("B/4").training, recipes.umd_finetune("B/4").training
+    assert (umd.epochs, umd.batch_size, umd.base_lr, umd.warmup_epochs) == (800, 1024, 1.5e-4, 40)
+    assert (umd.beta2, umd.weight_decay, umd.decay_norms, umd.grad_clip) == (0.95, 0.05, True, 1.0)
+    assert (umd.lr_schedule, umd.crop_scale, umd.flip, umd.ema_decays) == ("cosine", 0.8, True, ())
+    assert umd.lr == pytest.approx(6e-4)
+    assert (tuned.epochs, tuned.batch_size, tuned.lr, tuned.warmup_epochs) == (50, 256, 1.5e-4, 2)
+    assert (tuned.beta2, tuned.weight_decay, tuned.grad_clip) == (0.999, 0.0, 1.0)
+    assert (tuned.lr_schedule, tuned.crop_scale, tuned.label_dropout) == ("cosine", 0.95, 0.1)
+    assert tuned.ema_decays == (0.9999,)
+    assert recipes.mae_umd("B/4").training == dataclasses.replace(umd, batch_size=4096)
+    for recipe, batch_size, steps in ((recipes.dit("B/4"), 256, 7e6), (recipes.maskdit("B/4"), 1024, 2e6)):
+        training = recipe.training
+        assert (training.batch_size, training.lr, training.lr_schedule) == (batch_size, pytest.approx(1e-4), "constant")
+        assert (training.warmup_epochs, training.weight_decay, training.beta2) == (0, 0.0, 0.999)
+        assert (training.crop_scale, training.flip, training.ema_decays) == (1.0, True, (0.9999,))
+        assert training.label_dropout == 0.1
+        assert training.grad_clip is None
+        assert training.epochs * 1.28e6 / batch_size == pytest.approx(steps, rel=0.01)

@@ -375,11 +375,10 @@ def generator(recipe: Recipe, num_classes: int) -> Recipe:
     """A pre-trained recipe as its class-conditional generator: labels, nothing hidden, 5 % clean clips if it had some.
 
     UMD's authors' fine-tuning for every method of this family: batch 256 at 1.5e-4 for 50 epochs with 2 of warm-up, beta2
-    0.999, no decay, a tenth of the labels dropped, crops of at least 95 %, EMA.
-    # Differs from UMD's code: the decay is 0.9999 whatever the batch, theirs is 1 - 1e-4 * batch / 256; and it grows to that
-    # over the first steps instead of starting from the loaded weights; because short runs would keep their first weights.
-    Only its own
-    clips are clean: MAE and UMD keep a 5 % share, DiT and MaskDiT have none.
+    0.999, no decay, a tenth of the labels dropped, crops of at least 95 %, EMA. MAE and UMD keep a share of 5 % clean clips,
+    DiT and MaskDiT have none.
+    # Differs from UMD's code: EMA's decay is 0.9999 whatever the batch, theirs is 1 - 1e-4 * batch / 256; and it grows to
+    # that over the first steps instead of starting from the loaded weights; because short runs would keep their first ones.
 
     Raises:
         ValueError: the recipe has no place where noise and classes could enter.
