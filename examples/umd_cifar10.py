@@ -5,10 +5,12 @@
 Every method is pre-trained without labels and then fine-tuned as a class-conditional generator, each stage with the
 multiply-adds of --dit-epochs epochs of DiT. Before and after: few-shot and nearest-neighbour accuracy of the frozen encoder,
 and the Frechet distance of generated pictures to the test pictures in the features of a small classifier that is trained on
-the same data first (this is no FID). Stopped or killed, the same command goes on; what is finished is skipped.
+the same data first (this is no FID). Stopped or killed, the same command goes on; what is finished is skipped. Several of them
+may share a directory, each with --arms of its own, once the classifier is there (--arms "" --no-speeds makes it alone).
 """
 
 import dataclasses
+import fcntl
 import json
 import platform
 import resource
@@ -61,26 +63,42 @@ class Options:
     guidance_scale: float = 1.5
     seed: int = 0
     compile: bool = True
+    speeds: bool = True
+    """Measure pictures per second at the end; wants an idle machine."""
 
 
 class Results:
-    """results.json, written after every part, so that a finished part is never made twice."""
+    """results.json, written after every part, so that a finished part is never made twice.
+
+    Read again before it is written, under a lock, as another process may have added to it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def part(self, *names: str, make: Any) -> Any:
         """The part of that name, made now if it is not there."""
-        section = self.values
-        for name in names[:-1]:
-            section = section.setdefault(name, {})
-        if names[-1] not in section:
-            print("...", " ".join(names), flush=True)
-            section[names[-1]] = make()
-            write_atomically(self.path, lambda part: part.write_text(json.dumps(self.values, indent=2) + "\n"))
-            print(" ".join(names), json.dumps(section[names[-1]]), flush=True)
-        return section[names[-1]]
+
+        def section_of(values: dict[str, Any]) -> dict[str, Any]:
+            for name in names[:-1]:
+                values = values.setdefault(name, {})
+            return values
+
+        section = section_of(self.read())
+        if names[-1] in section:
+            return section[names[-1]]
+        print("...", " ".join(names), flush=True)
+        made = make()
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            values = self.read()
+            section_of(values)[names[-1]] = made
+            write_atomically(self.path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
+        print(" ".join(names), json.dumps(made), flush=True)
+        return made
 
 
 def recipe_of(name: str, options: Options) -> Recipe:
@@ -96,7 +114,7 @@ def epochs_of(recipe: Recipe, options: Options) -> int:
 def speeds(options: Options, rounds: int = 7) -> dict[str, Any]:
     """Pictures per second of every method's training step, one step of each in turn, medians; uncompiled."""
     steps = {}
-    for name in options.arms:
+    for name in ARMS:
         recipe = recipe_of(name, options)
         torch.manual_seed(options.seed)
         model = MaskedDiffusionAutoencoder(recipe)
@@ -185,7 +203,7 @@ def main(options: Options) -> None:
     results.part(
         "setting",
         make=lambda: {
-            **{k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+            **{k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "arms", "speeds")},
             "train": Path(options.train).name,
             "test": Path(options.test).name,
             "torch": torch.__version__,
@@ -250,8 +268,9 @@ def main(options: Options) -> None:
                 f"generated after, guidance {scale:g}",
                 make=lambda: judged(second, options, scale, judge, real, sheet),  # noqa: B023
             )
-    results.part("speeds", make=lambda: speeds(options))
-    print(json.dumps(results.values, indent=2))
+    if options.speeds:
+        results.part("speeds", make=lambda: speeds(options))
+    print(json.dumps(results.read(), indent=2))
 
 
 if __name__ == "__main__":

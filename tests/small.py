@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "umd": ("umd", {}),
     "umd faithful": ("umd", {"faithful": True}),
     "umd small": ("umd", {"size": "S/4"}),
-    "umd latent": ("umd", {"size": "L/2", "channels": 4, "height": 32}),
+    "umd latent": ("umd", {"size": "L/2", "channels": 4, "height": 32, "latents": True}),
     "umd video": ("umd", {"frames": 16, "tubelet_size": 2}),
     "umd_finetune": ("umd_finetune", {}),
     "umd_finetune faithful": ("umd_finetune", {"faithful": True, "num_classes": 10}),

@@ -179,6 +179,26 @@ def test_probe_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: 
     assert json.loads(unveil(command + " --seed 1", "--run", digits).out)["results"] != first["results"]
 
 
+@pytest.mark.parametrize("method", ["linear", "fewshot"])
+def test_neighbours_belong_to_their_method(digits: Path, unveil: Unveil, method: str) -> None:
+    outcome = unveil(f"probe --data digits:test --method {method} --k 5 --run", digits)
+    assert_refuses(outcome, f"--k belongs to --method knn, but it is {method}")
+
+
+def test_the_untrained_baseline_of_class_tokens_says_something(tmp_path: Path, unveil: Unveil) -> None:
+    """adaLN-zero blocks start as the identity, where class tokens are the same for every picture."""
+    run = save(tmp_path / "run", "umd", **DIGITS)
+    result = json.loads(unveil("probe --data digits:test --k 1 --json --run", run).out)["results"]
+    assert result["untrained encoder"]["knn"] > 18  # the mean of its patches, which is little; chance is 10
+
+
+def test_a_systems_error_names_its_file(digits: Path, unveil: Unveil, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = save(tmp_path / "run", "umd", **DIGITS)
+    outcome = unveil(f"generate --num-samples 1 --num-steps 1 --device cpu --run {run} --out {tmp_path}/file/out")
+    assert_refuses(outcome, r"file/out: Not a directory\.$")
+
+
 UMDS_FAMILY = ["umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd"]
 
 
@@ -466,7 +486,7 @@ NEW = "{tmp}/new"
             f"pretrain --data {{tmp}}/flat --out {NEW} --recipe dit --labels",
             ["--labels, but .*flat has none", "folder"],
         ),
-        (f"pretrain --data digits --out {NEW} --recipe umd --batch-size 1", ["batch_size=1", "at least 2"]),
+        (f"pretrain --data digits --out {NEW} --recipe umd --batch-size 1", ["A batch of 1 leaves", "at least 2"]),
         (f"pretrain --data digits --out {NEW} --rho 0", ["rho=0"]),
         (f"pretrain --data digits --out {NEW} --epochs 0", ["epochs=0"]),
         (f"pretrain --data digits --out {NEW} --batch-size 0", ["batch_size=0"]),

@@ -249,7 +249,7 @@ def test_any_umd_computes_the_same(name: str, seed: int) -> None:
     size = UMD_SIZES[name]
     tree = umd_tree(size, seed)
     recipe, report = check_umd(tree, size)
-    assert report == Report(kind="umd", used=report.used, left={}, missing=())
+    assert report == Report(kind="umd", used=report.used, left={})
     assert set(report.used) == tree.keys()
     assert (recipe.clip.channels, recipe.clip.height, recipe.clip.width) == (
         size.C,
@@ -428,9 +428,7 @@ def test_any_dit_computes_the_same(name: str, seed: int, monkeypatch: pytest.Mon
     size = DIT_SIZES[name]
     tree = dit_tree(size, seed)
     recipe, state, report = from_dit(tree, num_heads=None if size.D == 384 else size.heads)
-    assert report == Report(
-        kind="dit", used=report.used, left={"pos_embed": "fixed positions, which equal ours"}, missing=()
-    )
+    assert report == Report(kind="dit", used=report.used, left={"pos_embed": "fixed positions, which equal ours"})
     assert set(report.used) == tree.keys() - {"pos_embed"}
     heads = ("eps", "variance") if size.learn_sigma else ("eps",)
     assert (recipe.heads, recipe.encoder.num_heads, recipe.condition.num_classes) == (
@@ -629,7 +627,6 @@ def test_convert_writes_a_model(tmp_path: Path, kind: Any, suffix: str) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "used": list(report.used),
         "left": report.left,
-        "missing": [],
         "notices": result["notices"],
     }
     assert len(result["notices"]) == (kind == "dit")  # on latents

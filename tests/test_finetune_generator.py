@@ -288,6 +288,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again["steps_now"] == 0
 
 
+def test_a_batch_without_clean_clips_tells_the_way_out(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", "umd")
+    with pytest.raises(ValueError, match=r"A batch of 19 is too small for the 5% .* or --clean-share 0"):
+        finetune(run, tmp_path / "out", batch_size=19)
+    assert finetune(run, tmp_path / "out", batch_size=19, clean_share=0.0)["finished"]
+
+
 def test_another_start_is_another_run(tmp_path: Path) -> None:
     """Otherwise the weights of the first would be trained on under the second one's name."""
     first, second = save(tmp_path / "first", "umd"), save(tmp_path / "second", "umd")
@@ -356,7 +363,7 @@ def test_the_command_tells_what_is_new(tmp_path: Path, capsys: pytest.CaptureFix
             "--run {dit} --data digits:test --clean-share 0.1",
             ["--clean-share 0.1", "without clean clips", "Leave it out"],
         ),
-        ("--run {umd} --data digits:test --batch-size 10", ["batch_size=10", "at least 20"]),
+        ("--run {umd} --data digits:test --batch-size 10", ["A batch of 10 is too small", "--clean-share 0"]),
         ("--run {umd} --data digits:test --label-dropout 1", ["label_dropout=1"]),
         ("--run {umd} --data digits:test --epochs 0", ["epochs=0"]),
         ("--run {umd} --data digits:test --batch-size 0", ["batch_size=0"]),

@@ -18,13 +18,15 @@ from PIL import Image
 from small import build, small
 from torch import Tensor
 
-from unveil import cli, pipeline
+from unveil import cli, gallery, pipeline, spread
 from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
+from unveil.gallery import CLAIM, grid_rows, write_npz
+from unveil.masking import Mask
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.report import contact_sheet
 from unveil.sampling import guidance
 from unveil.tasks import generate as task
-from unveil.tasks.generate import Generate, chosen_classes, generate, grid_rows
+from unveil.tasks.generate import Generate, chosen_classes, generate
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 NAMES = ("ant", "bee", "cat")
@@ -168,6 +170,8 @@ def test_a_name_goes_before_a_number() -> None:
     assert chosen_classes("10,2,3", 4, ("1", "10", "2", "3")) == [1, 2, 3]
     assert chosen_classes("2,3", 4, ()) == [2, 3]
     assert chosen_classes("all", 4, ()) == [0, 1, 2, 3]
+    assert chosen_classes("all", 3, ("all", "none", "bread, white")) == [0]
+    assert chosen_classes("bread, white", 3, ("all", "none", "bread, white")) == [2]
 
 
 def test_no_class_of_a_model_with_classes(tmp_path: Path, conditional: Path) -> None:
@@ -372,7 +376,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, unconditional: Path, monke
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(task, "save_png", full)
+    monkeypatch.setattr(gallery, "save_png", full)
     with pytest.raises(ValueError, match="No space left"):
         make(unconditional, tmp_path / "out", npz=True, files=False)
     assert list((tmp_path / "out").iterdir()) == []
@@ -453,10 +457,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         ("{classes} --classes=", ["'' is no class of this model"]),
         ("{umd} --device meta", ["--device meta computes nothing"]),
         ("{undropped} --guidance-scale 2", ["label_dropout=0", "--label-dropout 0.1"]),
-        ("{umd} --num-steps 0", ["num_steps=0", "1 to 1000"]),
-        ("{umd} --num-steps 1001", ["num_steps=1001", "1 to 1000"]),
-        ("{flow} --num-steps 0", ["num_steps=0", "Use 1 or more"]),
-        ("{umd} --times strided --num-steps 62", ["num_steps=62 does not divide"]),
+        ("{umd} --num-steps 0", ["--num-steps 0", "Use 1 or more"]),
+        ("{umd} --num-steps 1001", ["--num-steps 1001", "Use 1 to 1000"]),
+        ("{flow} --num-steps 0", ["--num-steps 0", "Use 1 or more"]),
+        (
+            "{umd} --times strided --num-steps 62",
+            ["--num-steps 62 --times strided: the stride must divide 1000. Use 50 or 40"],
+        ),
         ("{flow} --times strided", ["--times strided", "umd_flow_finetune is a flow", "--times even"]),
         ("{umd} --eta 0.5 --sampler ddpm", ["--eta 0.5 belongs to ddim; ddpm has its noise fixed"]),
         ("{umd} --eta 1 --sampler dpmpp", ["belongs to ddim; dpmpp"]),
@@ -464,18 +471,22 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         ("{umd} --eta nan", ["--eta nan: it runs from 0"]),
         ("{flow} --predict eps", ["--predict eps, but this umd_flow_finetune predicts x0 for noise"]),
         ("{umd} --predict x0", ["--predict x0, but this umd predicts eps for noise"]),
-        ("{classes} --guidance-scale -1", ["scale=-1.0", "at least 0"]),
-        ("{classes} --guidance-scale nan", ["scale=nan"]),
+        ("{classes} --guidance-scale -1", ["--guidance-scale -1: use 0 to 1000"]),
+        ("{classes} --guidance-scale nan", ["--guidance-scale nan: use 0"]),
+        ("{classes} --guidance-scale 1e38", [r"--guidance-scale 1e\+38: use 0"]),
         ("{classes} --guidance interval", ["--guidance interval with --guidance-scale 1 guides nowhere"]),
         (
             "{classes} --guidance-scale 2 --guidance interval --guidance-interval 0.5 0.2",
-            [r"interval=\(0.5, 0.2\)", "low < high"],
+            ["--guidance-interval 0.5 0.2: it is a part", "the first number is the lower"],
         ),
         (
             "{classes} --guidance-scale 2 --guidance-interval 0.2 0.5",
             ["--guidance-interval belongs to --guidance interval, but it is constant"],
         ),
-        ("{classes} --guidance-scale 2 --guidance power_cosine --guidance-power 0", ["power=0.0", "above 0"]),
+        (
+            "{classes} --guidance-scale 2 --guidance power_cosine --guidance-power 0",
+            ["--guidance-power 0: use a number above 0"],
+        ),
         ("{classes} --guidance-scale 2 --guidance interval --guidance-power 2", ["belongs to --guidance power_cosine"]),
         ("{video} --npz", ["--npz holds pictures", "clips of 4 frames"]),
         ("{umd} --no-files --no-grid", ["nothing would be kept"]),
@@ -510,14 +521,14 @@ def test_a_second_run_in_the_same_new_directory_is_refused(
         monkeypatch.setattr(task, "plan", checked)
         make(unconditional, tmp_path / "elsewhere", num_samples=1)
         out.mkdir()
-        (out / task.CLAIM).touch()  # the other one has begun
+        (out / CLAIM).touch()  # the other one has begun
         return planned
 
     monkeypatch.setattr(task, "plan", plan_and_start_another)
     with pytest.raises(ValueError, match="out is in use by another run"):
         make(unconditional, out, num_samples=2)
-    assert [path.name for path in out.iterdir()] == [task.CLAIM]
-    assert not (tmp_path / "elsewhere" / task.CLAIM).exists()
+    assert [path.name for path in out.iterdir()] == [CLAIM]
+    assert not (tmp_path / "elsewhere" / CLAIM).exists()
 
 
 def test_generate_refuses_a_directory_that_holds_something(
@@ -536,6 +547,71 @@ def test_generate_refuses_a_directory_that_holds_something(
     assert "file" in error
     (tmp_path / "empty").mkdir()
     make(unconditional, tmp_path / "empty", num_samples=1, num_steps=1)
+    (tmp_path / "killed").mkdir()
+    for name in (CLAIM, "00000.png"):
+        (tmp_path / "killed" / name).touch()
+    with pytest.raises(ValueError, match="killed holds what another run is writing, or left when it was killed"):
+        make(unconditional, tmp_path / "killed")
+
+
+def test_a_class_called_none_can_be_asked_for(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", "umd", ("all", "none"))
+    make(run, tmp_path / "out", classes="none", num_samples=2, num_steps=1)
+    assert [row["class"] for row in labels_of(tmp_path / "out")] == ["none", "none"]
+
+
+def test_a_model_that_never_saw_a_whole_picture_says_so(
+    tmp_path: Path, conditional: Path, unconditional: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notice,) = make(unconditional, tmp_path / "a", num_samples=1, num_steps=1)["notices"]
+    assert re.search(r"This umd was trained with 37\.5% of every noisy picture hidden", notice)
+    assert make(conditional, tmp_path / "b", num_samples=1, num_steps=1)["notices"] == []
+    command = f"generate --run {unconditional} --num-samples 1 --num-steps 1 --device cpu --out {tmp_path}/c"
+    assert notice in run_cli(command, capsys)[1]
+
+
+# Latents
+
+LATENT = {"size": "Nano/2", "channels": 4, "height": 8, "latents": True}
+
+
+def test_latents_are_neither_cut_nor_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save(tmp_path / "run", "umd", NAMES, **LATENT)
+    result = make(run, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *(f"{i:05d}.npy" for i in range(6)),
+        "labels.csv",
+    ]
+    assert [row["file"] for row in labels_of(tmp_path / "out")] == [f"{i:05d}.npy" for i in range(6)]
+    values = np.stack([np.load(tmp_path / "out" / f"{i:05d}.npy") for i in range(6)])
+    assert (values.shape, values.dtype) == ((6, 8, 8, 4), np.float32)
+    assert values.min() < -1
+    assert values.max() > 2
+    model, _ = load_model(run)
+    expected = pipeline.generate(model, range(6), torch.arange(6) % 3, num_steps=3)
+    np.testing.assert_array_equal(values, expected[:, :, 0].permute(0, 2, 3, 1).numpy())
+    assert "latents, not pictures" in result["notices"][0]
+    for option in ("--npz", "--no-files"):
+        code, _, error = run_cli(f"generate --run {run} --out {tmp_path}/{option} --device cpu {option}", capsys)
+        assert code == 2
+        assert "makes latents of 4 channels" in error
+
+
+def test_predictions_of_latents_keep_their_range() -> None:
+    """The same weights, once on pixels and once on latents: only what lies outside of the pixels' range differs."""
+    latents = build(small("umd_flow", **LATENT), spread=0.2)
+    clip = dataclasses.replace(latents.recipe.clip, bounded=True)
+    bounded = MaskedDiffusionAutoencoder(dataclasses.replace(latents.recipe, clip=clip)).eval()
+    bounded.load_state_dict(latents.state_dict())
+    x_t = 3 * torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    everything = torch.arange(16).expand(2, -1)
+    free, cut = (m.denoiser(x_t, Mask(everything[:, :0], everything))(x_t, 0.5) for m in (latents, bounded))
+    assert isinstance(free, Tensor)
+    assert free.min() < 0
+    assert free.max() > 1
+    assert torch.equal(cut, free.clamp(0, 1))
+    assert latents.clips(free).min() < 0
+    assert bounded.clips(free).min() == 0
 
 
 # Several processes
@@ -563,16 +639,16 @@ def torchrun(command: str, script: Path | None = None) -> subprocess.CompletedPr
 def test_each_process_has_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, there: bool, device: str | None
 ) -> None:
-    monkeypatch.setattr(task, "pick_device", lambda chosen: chosen)
+    monkeypatch.setattr(spread, "pick_device", lambda chosen: chosen)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     for name, value in {"WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    spread = task._Spread()
-    assert (spread.world, spread.rank) == (2, 3)
-    assert spread.device(asked) == device
+    one = spread.Spread()
+    assert (one.world, one.rank) == (2, 3)
+    assert one.device(asked) == device
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert task._Spread().device(asked) == asked
-    assert task._Spread().rank == 0
+    assert spread.Spread().device(asked) == asked
+    assert spread.Spread().rank == 0
 
 
 def test_the_parts_of_processes_are_put_in_order(tmp_path: Path) -> None:
@@ -580,12 +656,12 @@ def test_the_parts_of_processes_are_put_in_order(tmp_path: Path) -> None:
     parts = [tmp_path / f"{rank}.npy" for rank in range(3)]
     for rank, part in enumerate(parts):
         np.save(part, np.arange(rank, 7, 3, dtype=np.uint8).reshape(-1, 1, 1, 1))
-    task._write_npz(tmp_path / "samples.npz", parts, 7, torch.arange(7) % 2)
+    write_npz(tmp_path / "samples.npz", parts, 7, torch.arange(7) % 2)
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].flatten().tolist() == list(range(7))
         assert file["arr_1"].tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.save(parts[0], np.zeros((1, 2, 2, 1), dtype=np.uint8))
-    task._write_npz(tmp_path / "one.npz", [parts[0], tmp_path / "none.npy"], 1, None)
+    write_npz(tmp_path / "one.npz", [parts[0], tmp_path / "none.npy"], 1, None)
     with np.load(tmp_path / "one.npz") as file:
         assert file.files == ["arr_0"]
 
@@ -652,3 +728,10 @@ def test_a_failure_of_one_process_ends_the_other(tmp_path: Path, unconditional: 
     assert "Made" not in outcome.stdout
     assert time.monotonic() - begin < 120
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00002.png"]
+
+
+def test_other_commands_are_not_spread(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, error = run_cli("info --run nowhere", capsys)
+    assert (code, out) == (2, "")
+    assert "torchrun started 2 processes, but only `unveil generate` spreads its work" in error

@@ -250,11 +250,8 @@ def test_resampling_brings_replacement_to_the_truth(kind: str) -> None:
 class Told(nn.Module):
     """In the condition's place: the time itself."""
 
-    def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        return t
-
-    def label_tokens(self, t: Tensor, labels: Tensor | None) -> None:
-        return None
+    def forward(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, None]:
+        return t, None
 
 
 class ClosedForm(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import VARIANTS, batch_for, small_variant
 from torch import Tensor
 
 from unveil import recipes
@@ -128,6 +129,24 @@ def test_precision_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
     result = train(recipe, samples, Run(data="digits:test", out=tmp_path / "run", precision=precision))
     assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert np.isfinite(result["loss"])
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if "video" not in variant])
+@pytest.mark.filterwarnings("error:Mismatch dtype")
+def test_bf16_changes_the_last_digits_only(variant: str) -> None:
+    """Every recipe's loss and gradient under autocast beside float32: 8 bits of precision are 0.4 %."""
+    losses, gradients = [], []
+    for enabled in (False, True):
+        objective, clips, draws = batch_for(small_variant(variant))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = objective(clips, draws)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.99
 
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path) -> None:

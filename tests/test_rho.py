@@ -33,7 +33,7 @@ def test_diffmae_becomes_mae(decoder: str, t: int) -> None:
         for rho in RHO:
             diffmae = build(small(decoder=decoder, rho=rho))
             shared = {k: v for k, v in diffmae.state_dict().items() if "condition" not in k and "noisy_embed" not in k}
-            token = diffmae.decoder.noisy_embed(z) + diffmae.condition(times[:1], None)[0]
+            token = diffmae.decoder.noisy_embed(z) + diffmae.condition(times[:1], None)[0][0]
             mae.load_state_dict({**shared, "decoder.mask_token": token[None, None]})
             objectives = (Objective(diffmae), noised), (Objective(mae), masked)
             predictions = [predicted(objective, clips, draws)["hidden"]["x0"] for objective, draws in objectives]

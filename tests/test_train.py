@@ -780,10 +780,10 @@ def test_only_noisy_clips_have_classes_and_some_of_those_are_dropped(
 def test_a_batch_too_small_for_a_branch_refuses(
     tmp_path: Path, pictures: Path, name: str, batch_size: int, needed: int
 ) -> None:
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size} leaves .* Use a batch of at least {needed}\."):
+    with pytest.raises(ValueError, match=rf"A batch of {batch_size} leaves .* Use a batch of at least {needed}, and"):
         go(tmp_path / "run", pictures, photo_recipe(name, num_classes=5 * (needed == 20), batch_size=batch_size))
     write_pictures(tmp_path / "few", needed - 1)  # and so does data that cannot fill one
-    with pytest.raises(ValueError, match=rf"batch_size={needed - 1} leaves .* Use a batch of at least {needed}\."):
+    with pytest.raises(ValueError, match=rf"A batch of {needed - 1} leaves .* Use a batch of at least {needed}, and"):
         go(tmp_path / "run", tmp_path / "few", photo_recipe(name, num_classes=5 * (needed == 20), batch_size=64))
     enough_of_them = photo_recipe(name, num_classes=5 * (needed == 20), batch_size=needed, epochs=1)
     assert go(tmp_path / "enough", pictures, enough_of_them)["finished"]

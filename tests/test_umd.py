@@ -33,7 +33,7 @@ from unveil import recipes
 from unveil.config import Term
 from unveil.corruption import Part
 from unveil.features import encoder_features, usual_pool
-from unveil.layers import Attention, Block, Condition, PositionTable, Trunk, rotate, run_block, sinusoid
+from unveil.layers import Attention, Block, Condition, PositionTable, RMSNorm, Trunk, rotate, run_block, sinusoid
 from unveil.losses import BranchDraws, Draws, Objective, draw, variance_bound
 from unveil.masking import gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
@@ -79,7 +79,10 @@ def test_the_loss_is_umds(variant: str) -> None:
     objective, clips, draws = batch_for(recipe, n=enough(recipe) + 3)
     model = objective.model
     x0 = (clips - model.mean) / model.std
-    assert recipe.clip.mean == recipe.clip.std == (0.5,) * recipe.clip.channels  # pixels in [-1, 1]
+    if recipe.clip.bounded:  # pixels in [-1, 1]; latents as they are
+        assert recipe.clip.mean == recipe.clip.std == (0.5,) * recipe.clip.channels
+    else:
+        assert (recipe.clip.mean, recipe.clip.std) == ((0.0,) * 4, (1.0,) * 4)
     expected, counts = 0.0, []
     with torch.no_grad():
         for number, branch in enumerate(recipe.branches):
@@ -357,7 +360,7 @@ def test_no_class_is_the_last_row(variant: str) -> None:
     model, K = build(recipe), recipe.condition.num_classes
     assert model.condition is not None
     t = torch.tensor([3.0, 700.0])
-    none, last, first = (model.condition(t, labels) for labels in (None, torch.full((2,), K), torch.zeros(2).long()))
+    none, last, first = (model.condition(t, labels)[0] for labels in (None, torch.full((2,), K), torch.zeros(2).long()))
     assert torch.equal(none, last)
     assert not torch.equal(none, first)
     assert model.condition.label_embed.weight.shape[0] == K + 1  # type: ignore[union-attr]
@@ -419,7 +422,7 @@ def test_umds_condition_by_hand(activate: bool) -> None:
     assert condition.label is not None
     assert condition.label_embed is not None
     expected = expected + through(condition.label, condition.label_embed.weight[labels])
-    assert_close(condition(t, labels), silu(expected) if activate else expected, rtol=1e-5, atol=1e-6)
+    assert_close(condition(t, labels)[0], silu(expected) if activate else expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dits_condition_by_hand() -> None:
@@ -435,7 +438,7 @@ def test_dits_condition_by_hand() -> None:
     assert_close(sinusoid(t, 256), embedded, rtol=0, atol=2e-4)  # angles up to 1000 in float32
     assert condition.label_embed is not None
     expected = through(condition.time, embedded) + condition.label_embed.weight[labels]
-    assert_close(condition(t, labels), silu(expected), rtol=1e-5, atol=1e-5)
+    assert_close(condition(t, labels)[0], silu(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ADALN)
@@ -486,7 +489,7 @@ def test_the_condition_is_put_before_every_block_and_taken_off_again(variant: st
     assert model.condition is not None
     assert model.decoder is not None
     conditions: list[Tensor] = []
-    model.condition.register_forward_hook(lambda module, arguments, output: conditions.append(output))
+    model.condition.register_forward_hook(lambda module, arguments, output: conditions.append(output[0]))
     seen: list[tuple[Tensor, Tensor]] = []
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         block.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
@@ -515,7 +518,7 @@ def test_an_added_time_goes_to_the_patches(variant: str) -> None:
     assert model.condition is not None
     assert part.t is not None
     patches = model.encoder.patch_embed(c.x_enc) + model.encoder.positions(part.mask.visible)
-    assert torch.equal(given[0][:, 1:], patches + model.condition(part.t, None)[:, None])
+    assert torch.equal(given[0][:, 1:], patches + model.condition(part.t, None)[0][:, None])
     assert torch.equal(given[0][:, :1], model.encoder.cls_token.expand(2, -1, -1))  # type: ignore[union-attr]
 
 
@@ -612,7 +615,7 @@ def test_a_narrower_decoder_is_bridged_under_the_condition() -> None:
     c = corrupted(objective, clips, draws)
     assert model.condition is not None
     assert part.t is not None
-    cond = model.condition(part.t, None)
+    cond, _ = model.condition(part.t, None)
     (memory,) = model.encoder(c.x_enc, part.mask.visible, (3,), cond)
     assert decoder.embed is not None
     assert decoder.embed_modulation is not None
@@ -661,9 +664,9 @@ def test_label_tokens_join_at_their_block_and_never_leave_the_encoder() -> None:
     assert part.t is not None
     n = len(part.rows)
     t = part.t * 1000
-    cond = model.condition(t, None)
+    cond, _ = model.condition(t, None)
     outputs = [
-        model.encoder(c.x_enc, part.mask.visible, (1, 2, 3, 4), cond, model.condition.label_tokens(t, labels))
+        model.encoder(c.x_enc, part.mask.visible, (1, 2, 3, 4), cond, model.condition(t, labels)[1])
         for labels in (torch.zeros(n).long(), torch.ones(n).long())
     ]
     for block, (a, b) in enumerate(zip(*outputs, strict=True), start=1):
@@ -685,11 +688,11 @@ def test_label_tokens_are_the_class_and_a_place() -> None:
     assert condition.label_places is not None
     t, labels = torch.zeros(2), torch.tensor([4, 2])
     row = through(condition.label, condition.label_embed.weight[labels])
-    tokens = condition.label_tokens(t, labels)
+    _, tokens = condition(t, labels)
     assert tokens is not None
     assert tokens.shape == (2, 8, 32)
     assert_close(tokens, row[:, None] + condition.label_places, rtol=1e-5, atol=1e-6)
-    assert torch.equal(condition.label_tokens(t, None), condition.label_tokens(t, torch.full((2,), 5)))  # type: ignore[arg-type]
+    assert torch.equal(condition(t, None)[1], condition(t, torch.full((2,), 5))[1])  # type: ignore[arg-type]
 
 
 def test_without_classes_there_are_no_label_tokens() -> None:
@@ -697,7 +700,7 @@ def test_without_classes_there_are_no_label_tokens() -> None:
     assert model.recipe.condition.label_tokens == 8
     assert model.condition is not None
     assert model.condition.label_places is None
-    assert model.condition.label_tokens(torch.zeros(2), None) is None
+    assert model.condition(torch.zeros(2), None)[1] is None
     assert not [name for name, _ in model.named_parameters() if "label" in name]
     assert recipes.umd_flow().condition.label_tokens_from == 5  # the second third of 12 begins there
 
@@ -832,9 +835,7 @@ def test_an_mlp_by_hand(kind: str) -> None:
     assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind, expected", [("layer", nn.LayerNorm), ("layer_fixed", nn.LayerNorm), ("rms", nn.RMSNorm)]
-)
+@pytest.mark.parametrize("kind, expected", [("layer", nn.LayerNorm), ("layer_fixed", nn.LayerNorm), ("rms", RMSNorm)])
 def test_every_norm_of_a_network_is_the_one_it_names(kind: str, expected: type) -> None:
     name = {"layer": "umd", "layer_fixed": "maskdit", "rms": "umd_flow"}[kind]
     model = build(small(name))
@@ -990,7 +991,7 @@ def test_encoding_at_a_time_sees_that_noise(variant: str) -> None:
     x_t = alpha * model.tokens(clips) + sigma * noise
     everything = torch.arange(16).expand(2, -1)
     assert model.condition is not None
-    (expected,) = model.encoder(x_t, everything, (3,), model.condition(told[0][0], None))
+    (expected,) = model.encoder(x_t, everything, (3,), model.condition(told[0][0], None)[0])
     assert_close(encoded, expected if model.decoder else model.head.norm(expected), rtol=1e-5, atol=1e-5)
     assert_close(told[0][0], torch.tensor([51.0, 700.0]))
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from unveil import __version__
 from unveil.config import nearest
+from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
@@ -134,6 +135,7 @@ def _tell_generate(result: dict[str, Any]) -> Iterator[str]:
     )
     files = result["files"]
     kept = [files[name] for name in ("grid", "npz", "labels") if name in files]
+    yield from result["notices"]
     yield f"In {result['out']}: {', '.join(([str(files['samples']) + ' samples'] if files['samples'] else []) + kept)}."
 
 
@@ -251,9 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Command, prog="unveil", description=DESCRIPTION, args=words or ["--help"])  # type: ignore[arg-type]
     run, tell = RUN[type(options)]
     try:
+        Spread().check(isinstance(options, Generate))
         result = run(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         say(f"unveil: {error}")
+        sys.exit(2)
+    except OSError as error:
+        say(f"unveil: {error.filename}: {error.strerror}." if error.filename and error.strerror else f"unveil: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("unveil: interrupted")

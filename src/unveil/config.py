@@ -46,7 +46,8 @@ def check_choice(owner: str, name: str, value: object, allowed: typing.Any) -> N
 class Clip:
     """What one sample looks like: (channels, frames, height, width); an image is a clip of one frame.
 
-    mean and std normalise values in [0, 1], one number per channel.
+    mean and std normalise values, one number per channel. bounded: the values are pixels in [0, 1], and predictions are kept
+    there; otherwise they are whatever an autoencoder made (latents), and nothing is cut off.
     """
 
     channels: int
@@ -57,6 +58,7 @@ class Clip:
     tubelet_size: int = 1
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bounded: bool = True
 
     def __post_init__(self) -> None:
         for name in ("channels", "frames", "height", "width", "patch_size", "tubelet_size"):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from unveil import recipes, sizes
-from unveil.config import Clip, Encoder, Schedule
+from unveil.config import Encoder
 from unveil.layers import FREQUENCY_DIM
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
+from unveil.sizes import Shape
 from unveil.tokens import sincos_positions
 
 Kind = Literal["umd", "dit"]
@@ -37,14 +38,13 @@ PREFIXES = ("param/", "params/")
 class Report:
     """What became of the tensors of a file.
 
-    used: those whose values are in the result. left: those that are not, and why. missing: tensors of ours that got
-    nothing; always empty, for a conversion with one fails.
+    used: those whose values are in the result. left: those that are not, and why. A tensor of ours that would get
+    nothing is no part of it, for then the conversion fails.
     """
 
     kind: Kind
     used: tuple[str, ...]
     left: dict[str, str]
-    missing: tuple[str, ...]
 
 
 def _parameters(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
@@ -161,7 +161,7 @@ class _Source:
             raise ValueError(f"Of {len(expected)} tensors of the model, {_listed(missing)} got no values.")
         assert {name: tuple(value.shape) for name, value in self.state.items()} == expected
         used = tuple(dict.fromkeys(self.origin[name] for name in self.used))
-        return recipe, self.state, Report(kind=self.kind, used=used, left=self.left, missing=())
+        return recipe, self.state, Report(kind=self.kind, used=used, left=self.left)
 
 
 def _side(name: str, num_tokens: int) -> int:
@@ -181,15 +181,9 @@ def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int) -> tuple[
     return f"B/{patch_size}", f"{embed_dim}x{depth}/{patch_size}"
 
 
-def _in_latents(clip: Clip) -> bool:
-    return clip.channels not in (1, 3)
-
-
-def _values(clip: Clip) -> Clip:
-    """Pixels go in as [-1, 1], latents as they are."""
-    if not _in_latents(clip):
-        return dataclasses.replace(clip, mean=(0.5,) * clip.channels, std=(0.5,) * clip.channels)
-    return dataclasses.replace(clip, mean=(0.0,) * clip.channels, std=(1.0,) * clip.channels)
+def _shape(channels: int, side: int) -> Shape:
+    """Grey and RGB are pixels, which go in as [-1, 1]; all else is taken for latents."""
+    return {"channels": channels, "height": side, "latents": channels not in (1, 3)}
 
 
 # UMD
@@ -254,12 +248,11 @@ def _umd_recipe(
 ) -> Recipe:
     known, size = _size(encoder.embed_dim, encoder.depth, encoder.num_heads, patch_size)
     # zeros for its class tokens, as the published code starts them
-    recipe = recipes.umd(known, channels=channels, height=side * patch_size, faithful=True)
+    recipe = recipes.umd(known, **_shape(channels, side * patch_size), faithful=True)
     assert recipe.decoder is not None
     recipe = dataclasses.replace(
         recipe,
         size=size,
-        clip=_values(recipe.clip),
         encoder=encoder,
         decoder=dataclasses.replace(
             recipe.decoder,
@@ -269,7 +262,6 @@ def _umd_recipe(
             taps=(encoder.depth,),
         ),
         condition=dataclasses.replace(recipe.condition, time="adaln" if adaln else "token"),
-        schedule=Schedule(kind="linear" if _in_latents(recipe.clip) else "cosine"),
     )
     return recipes.generator(recipe, num_classes) if num_classes else recipe
 
@@ -411,12 +403,11 @@ def from_dit(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> tu
     names = ("eps", "variance") if out_dim == 2 * p * p * C else ("eps",)
     side = _side("pos_embed", N)
     known, size = _size(D, depth, num_heads, p)
-    recipe = recipes.dit(known, channels=C, height=side * p, num_classes=num_rows - 1)
+    recipe = recipes.dit(known, **_shape(C, side * p), num_classes=num_rows - 1)
     branch = recipe.branches[0]
     recipe = dataclasses.replace(
         recipe,
         size=size,
-        clip=_values(recipe.clip),
         encoder=Encoder(embed_dim=D, depth=depth, num_heads=num_heads, num_class_tokens=0),
         branches=(dataclasses.replace(branch, terms=tuple(t for t in branch.terms if t.predict in names)),),
     )

@@ -65,8 +65,6 @@ def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     before = told.label_tokens_from - 1 if joined else 0
     encoder = _blocks(before, R + V, e.embed_dim, network, in_encoder, cond_dim)
     encoder += _blocks(e.depth - before, R + V + joined, e.embed_dim, network, in_encoder, cond_dim)
-    if joined and told.trunk == "wide":
-        embed += 4 * cond_dim**2  # the class once more, for its tokens
     scored = sum({"visible": V, "hidden": M}[where] for where in {term.on for term in branch.terms})
     D = d.embed_dim if d else e.embed_dim
     head = len(recipe.heads) * scored * D * P

@@ -13,10 +13,17 @@ NORM_EPS = 1e-6  # as MAE and timm have it; torch's default for LayerNorm is 1e-
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (B, 1, L, d) each
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the weight in the type of the input: its fused form wants that, and autocast does not see to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def norm_layer(kind: str, dim: int) -> nn.Module:
     """ "layer", "layer_fixed" (without parameters) or "rms"."""
     if kind == "rms":
-        return nn.RMSNorm(dim, eps=NORM_EPS)
+        return RMSNorm(dim, eps=NORM_EPS)
     return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=kind == "layer")
 
 
@@ -284,19 +291,21 @@ class Condition(nn.Module):
         row = self.label_embed(labels)
         return row if self.label is None else self.label(row)
 
-    def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """t (B,), as the network counts it; labels (B,) in 0 .. K, K for "no class", as None is. Returns (B, D)."""
+    def forward(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Time and class, (B, D), and the class as tokens, (B, num_label_tokens, D), or None without them.
+
+        Args:
+            t: (B,), as the network counts it.
+            labels: (B,) in 0 .. K, K for "no class", as None is.
+        """
         embed = sinusoid_to_the_end if self.wide else sinusoid
         cond = self.time(embed(t, self.frequency_dim))
+        tokens = None
         if self.label_embed is not None:
-            cond = cond + self._row(t, labels)
-        return F.silu(cond) if self.activate else cond
-
-    def label_tokens(self, t: Tensor, labels: Tensor | None) -> Tensor | None:
-        """(B, num_label_tokens, D), or None without them."""
-        if self.label_places is None:
-            return None
-        return self._row(t, labels)[:, None] + self.label_places
+            row = self._row(t, labels)
+            cond = cond + row
+            tokens = None if self.label_places is None else row[:, None] + self.label_places
+        return F.silu(cond) if self.activate else cond, tokens
 
 
 def run_block(block: nn.Module, x: Tensor, cond: Tensor | None, as_token: bool, rotation: Rotation | None) -> Tensor:

@@ -20,12 +20,12 @@ Predictions = dict[str, dict[str, Tensor]]
 
 
 class MaskedDiffusionAutoencoder(nn.Module):
-    """What a `Recipe` describes. Clips are (B, C, T, H, W) in [0, 1]; tokens are normalised.
+    """What a `Recipe` describes. Clips are (B, C, T, H, W), in [0, 1] if they are bounded; tokens are normalised.
 
     Attributes:
         recipe: the whole config.
         schedule: of the noise; None for a model without noise.
-        low, high: the normalised values of 0 and 1 for each value of a token, (P,).
+        low, high: the range of each value of a token, (P,): the normalised 0 and 1; of unbounded clips, infinite.
     """
 
     mean: Tensor
@@ -96,8 +96,9 @@ class MaskedDiffusionAutoencoder(nn.Module):
         self.register_buffer("mean", mean.reshape(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.reshape(-1, 1, 1, 1), persistent=False)
         repeats = clip.token_dim // clip.channels  # the channel is the fastest index inside a token
-        self.register_buffer("low", ((0 - mean) / std).repeat(repeats), persistent=False)
-        self.register_buffer("high", ((1 - mean) / std).repeat(repeats), persistent=False)
+        low, high = (0.0, 1.0) if clip.bounded else (-torch.inf, torch.inf)
+        self.register_buffer("low", ((low - mean) / std).repeat(repeats), persistent=False)
+        self.register_buffer("high", ((high - mean) / std).repeat(repeats), persistent=False)
 
     @property
     def can(self) -> frozenset[str]:
@@ -112,7 +113,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
         return frozenset(abilities)
 
     def tokens(self, clip: Tensor) -> Tensor:
-        """Normalise and patchify: (B, C, T, H, W) in [0, 1] to (B, N, P)."""
+        """Normalise and patchify: (B, C, T, H, W) to (B, N, P)."""
         sizes = self.recipe.clip
         expected = (sizes.channels, sizes.frames, sizes.height, sizes.width)
         if tuple(clip.shape[1:]) != expected:
@@ -127,6 +128,11 @@ class MaskedDiffusionAutoencoder(nn.Module):
         sizes = self.recipe.clip
         return unpatchify(tokens, sizes.grid, sizes.patch_size, sizes.tubelet_size) * self.std + self.mean
 
+    def clips(self, tokens: Tensor) -> Tensor:
+        """Predicted tokens (B, N, P) as clips, cut to [0, 1] if these are bounded."""
+        pixels = self.pixels(tokens)
+        return pixels.clamp(0, 1) if self.recipe.clip.bounded else pixels
+
     def _told(self, t: Tensor | None, labels: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The condition (B, D), and the class as tokens; None where there is none. t = None is clean."""
         if self.condition is None:
@@ -135,7 +141,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
             t = torch.zeros(len(x), device=x.device)
         else:
             t = self.schedule.network_time(t)
-        return self.condition(t, labels), self.condition.label_tokens(t, labels)
+        return self.condition(t, labels)
 
     def _encode(
         self, x: Tensor, visible: Tensor, taps: Sequence[int], t: Tensor | None, labels: Tensor | None
@@ -208,7 +214,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
         return predictions
 
     def reconstruct(self, x0: Tensor, mask: Mask) -> Tensor:
-        """Hidden tokens (B, M, P) of clean clips (B, N, P) in one step, within the range of pixels, as MAE does."""
+        """Hidden tokens (B, M, P) of clean clips (B, N, P) in one step, within their range, as MAE does."""
         assert self.recipe.reconstructs
         prediction = self(gather(x0, mask.visible), mask)["hidden"]["x0"]
         return prediction.float().clamp(self.low, self.high)
@@ -252,8 +258,8 @@ class MaskedDiffusionAutoencoder(nn.Module):
             predict: which prediction to go by, of `recipe.samplers_heads`; the first if not given.
 
         Returns:
-            denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within the range of pixels; of a model that
-            learned its variance, also that share of it, (B, M, P) in [0, 1].
+            denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within their range; of a model that learned its
+            variance, also that share of it, (B, M, P) in [0, 1].
         """
         recipe, schedule = self.recipe, self.schedule
         assert schedule is not None and recipe.samplers_heads

@@ -162,7 +162,7 @@ def repaint(
             noise.begin(sample)
             start = noise(gather(x0[rows], mask.hidden))
             painted = _sample(denoise, start, model, sampler, times, noise, num_resamples=again, on_step=step)
-            pixels = model.pixels(scatter(x0[rows], mask.hidden, painted)).clamp(0, 1)
+            pixels = model.clips(scatter(x0[rows], mask.hidden, painted))
             result[rows, sample] = torch.where(holes[rows][:, None], pixels, clips[rows])
     return result
 
@@ -197,7 +197,7 @@ def predict(
             continue
         rows, mask = rows.to(clips.device), mask.to(clips.device)
         painted = model.reconstruct(x0[rows], mask)
-        pixels = model.pixels(scatter(x0[rows], mask.hidden, painted)).clamp(0, 1)
+        pixels = model.clips(scatter(x0[rows], mask.hidden, painted))
         result[rows] = torch.where(holes[rows][:, None], pixels, clips[rows])
     return result
 
@@ -270,7 +270,7 @@ def generate(
         on_step: called with (t, predicted tokens) at each step.
 
     Returns:
-        (B, C, T, H, W) in [0, 1].
+        (B, C, T, H, W), in [0, 1] unless the model's clips are unbounded.
 
     Raises:
         ValueError: the model cannot generate, has no such class, or cannot be guided.
@@ -293,7 +293,7 @@ def generate(
     denoise = model.denoiser(x0, mask, labels=labels, guidance=guidance, predict=predict)
     step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
     made = _sample(denoise, noise(x0), model, sampler, times, noise, eta=eta, on_step=step)
-    return model.pixels(made).clamp(0, 1)
+    return model.clips(made)
 
 
 NAMED_MASKS = {"random": 0.75, "center": 0.25, "tube": 0.75}

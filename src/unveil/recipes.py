@@ -270,6 +270,7 @@ def _umd(
     name, patch_size = parse_size(size)
     encoder = ENCODERS[name]
     noisy = any(branch.noise_on == "visible" for branch in branches)
+    schedule = Schedule(kind="linear" if shape.get("latents") else "cosine")  # UMD's, for latents and for pixels
     return Recipe(
         name=f"{method}_faithful" if faithful else method,
         size=size,
@@ -286,7 +287,7 @@ def _umd(
         network=Network(mlp="gelu_tanh", positions="learned", head_init="normal"),
         condition=Condition(time=time, trunk="wide"),
         branches=branches,
-        schedule=Schedule(kind="cosine") if noisy else None,
+        schedule=schedule if noisy else None,
         training=_umd_training(name, batch_size),
     )
 
@@ -400,10 +401,9 @@ def generator(recipe: Recipe, num_classes: int) -> Recipe:
     for term in terms:
         if term.predict != "noisy":
             unique.setdefault(term.predict, term)  # the first of each, which is the one on visible tokens
-    if noisy is None or set(unique) == {"eps", "x0"}:
-        whole = _umd_branches(0.0, 0.0)[0].terms
-    else:
-        whole = tuple(dataclasses.replace(term, weight=1.0) for term in unique.values())
+    whole = tuple(unique.values()) if unique else _umd_branches(0.0, 0.0)[0].terms
+    if len(whole) == 1:  # what shared its weight with terms on hidden tokens now stands alone
+        whole = (dataclasses.replace(whole[0], weight=1.0),)
     share = 0.05 if clean else 0.0
     branches = (
         *([dataclasses.replace(clean, share=share)] if clean else []),
@@ -429,7 +429,7 @@ def generator(recipe: Recipe, num_classes: int) -> Recipe:
         name=recipe.name if recipe.name.endswith("_finetune") else f"{recipe.name}_finetune",
         condition=dataclasses.replace(told, num_classes=num_classes),
         branches=branches,
-        schedule=recipe.schedule or Schedule(kind="cosine"),
+        schedule=recipe.schedule or Schedule(kind="cosine" if recipe.clip.bounded else "linear"),
         training=training,
     )
 

@@ -8,13 +8,17 @@ from unveil.config import Clip, Decoder, DecoderKind, Encoder, Training, nearest
 
 
 class Shape(TypedDict, total=False):
-    """What a recipe's clips look like: 3 channels, one frame, square, tubelets of 1, unless given."""
+    """What a recipe's clips look like: 3 channels, one frame, square, tubelets of 1, pixels, unless given.
+
+    latents: what an autoencoder made of pictures, taken as it is and never cut to a range.
+    """
 
     channels: int
     frames: int
     height: int
     width: int | None
     tubelet_size: int
+    latents: bool
 
 
 # Ti to H are the ViT papers' sizes, and S to L those of DiT and UMD as well. Nano and Micro are ours, for pictures of 8
@@ -71,10 +75,15 @@ def parse_size(size: str) -> tuple[str, int]:
 
 
 def clip_of(patch_size: int, default_side: int, imagenet: bool = False, **shape: Unpack[Shape]) -> Clip:
-    """A recipe's clip of a given shape; ImageNet's mean and deviation for three channels if asked for, else 0.5."""
+    """A recipe's clip of a given shape; ImageNet's mean and deviation for three channels if asked for, else 0.5.
+
+    Latents are not normalised, and not bounded.
+    """
     channels, height = shape.get("channels", 3), shape.get("height", default_side)
-    width = shape.get("width")
-    rgb = imagenet and channels == 3
+    width, latents = shape.get("width"), shape.get("latents", False)
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if latents else ((0.5,) * channels,) * 2
+    if imagenet and channels == 3 and not latents:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     return Clip(
         channels=channels,
         frames=shape.get("frames", 1),
@@ -82,8 +91,9 @@ def clip_of(patch_size: int, default_side: int, imagenet: bool = False, **shape:
         width=height if width is None else width,
         patch_size=patch_size,
         tubelet_size=shape.get("tubelet_size", 1),
-        mean=IMAGENET_MEAN if rgb else (0.5,) * channels,
-        std=IMAGENET_STD if rgb else (0.5,) * channels,
+        mean=mean,
+        std=std,
+        bounded=not latents,
     )
 
 

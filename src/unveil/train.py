@@ -87,9 +87,10 @@ class Trainer:
                     "patches."
                 )
             if branch.share * batch_size < 1:
+                needed = math.ceil(1 / branch.share)
                 raise ValueError(
-                    f"batch_size={batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
-                    f"without a clip in some steps. Use a batch of at least {math.ceil(1 / branch.share)}."
+                    f"A batch of {batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
+                    f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
                 )
 
     @property

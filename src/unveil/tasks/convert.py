@@ -118,10 +118,10 @@ def convert(options: Convert) -> dict[str, Any]:
     )
     save_weights(options.out, recipe, state, about)
     notices = []
-    if recipe.clip.channels not in (1, 3):
+    if not recipe.clip.bounded:
         notices.append(
-            f"It was trained on latents of {recipe.clip.channels} channels. The samplers keep their predictions in the range "
-            "of pixels, so its samples would be wrong; its features and predictions are as published."
+            f"It was trained on latents of {recipe.clip.channels} channels, as an autoencoder makes them, so `unveil generate` "
+            "writes latents too, which that autoencoder decodes; pictures cannot be given to it."
         )
     return {
         "out": str(options.out),
@@ -131,6 +131,5 @@ def convert(options: Convert) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in state.values()),
         "used": list(report.used),
         "left": report.left,
-        "missing": list(report.missing),
         "notices": notices,
     }

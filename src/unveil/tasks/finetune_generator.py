@@ -122,6 +122,12 @@ def finetune_generator(
     with torch.device("meta"):  # names and shapes, no memory
         new = MaskedDiffusionAutoencoder(recipe).state_dict()
     initial = what_carries_over(state, {n: tuple(v.shape) for n, v in new.items()}, about.classes in ((), classes))
+    clean = recipe.branch_on("none")
+    if clean is not None and clean.share * min(training.batch_size, len(source)) < 1:
+        raise ValueError(
+            f"A batch of {min(training.batch_size, len(source))} is too small for the {clean.share:.0%} of it that should be "
+            "clean pictures. Give a larger --batch-size or more pictures, or --clean-share 0."
+        )
     recipe, samples, run = prepare(recipe, source, options, classes, start=str(options.run))
     outcome = train(recipe, samples, run, on_progress, initial)
     return {

@@ -1,8 +1,5 @@
 """Making pictures from noise: a model and perhaps classes in, files out."""
 
-import csv
-import datetime
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,30 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from unveil import pipeline
-from unveil.checkpoint import load_model, pick_device, write_atomically
+from unveil import gallery, pipeline
+from unveil.checkpoint import load_model
 from unveil.config import nearest
 from unveil.model import Guidance, MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler
-from unveil.report import contact_sheet, save_clip, save_png
 from unveil.sampling import GuidanceKind, guidance
 from unveil.schedule import DiscreteSchedule
+from unveil.spread import Spread
 
-LINES, FRAMES = 10, 10  # of a sheet, and side by side in one of its lines
-WAIT = datetime.timedelta(hours=2)  # for the slowest process; one that dies is noticed at once
-
-
-MAX_SAMPLES, MAX_FIRST = 10**7, 10**12
-CLAIM = ".generating"  # lies in the directory while a run writes there
+MAX_SAMPLES, MAX_FIRST, MAX_SCALE = 10**7, 10**12, 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(gallery.Files):
     """Make pictures or clips from noise, of any class or without.
 
     Picture i depends on the seed and on i alone, whatever the batch size and the number of processes: under `torchrun` each
@@ -45,11 +35,9 @@ class Generate:
 
     run: Path
     """A run directory or a weights file."""
-    out: Path
-    """Directory for the results: a new or an empty one."""
     classes: str | None = None
-    """Names, or numbers from 0 on, separated by commas, as in 3,cat: the pictures take turns. What is both is a name.
-    `all` is every class, the default of a model with classes; `none` is no class."""
+    """Names, or numbers from 0 on, separated by commas, as in 3,cat: the pictures take turns. `all` is every class, the
+    default of a model with classes; `none` is no class. What could be several of these is a name."""
     num_samples: int = 64
     """How many to make."""
     num_steps: int = 50
@@ -75,17 +63,8 @@ class Generate:
     """By which of the model's predictions to sample, x0 or eps. Default: the first that it has for noise, eps for umd."""
     seed: int = 0
     """Draws the noise."""
-    first: int = 0
-    """Number of the first sample: to add to 64 samples, make more of them from --first 64 on, in another directory."""
     batch_size: int = 64
     """Samples at once; no effect on the result."""
-    files: bool = True
-    """Write each sample as NUMBER.png, animated if it is a clip, and the classes as labels.csv."""
-    grid: bool = True
-    """Write grid.png, up to 100 samples side by side, by class."""
-    npz: bool = False
-    """Write samples.npz with all samples as arr_0, uint8 (N, H, W, C), and the classes as arr_1: what the evaluation
-    scripts of OpenAI's guided-diffusion read."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... Default: cuda if there is one; under torchrun, one for each process."""
 
@@ -109,6 +88,8 @@ def chosen_classes(text: str, num_classes: int, names: Sequence[str]) -> list[in
     Raises:
         ValueError: a word is neither a name nor a number of a class.
     """
+    if text in names:  # whole, because a folder's name may have a comma, or be "all"
+        return [names.index(text)]
     if text == "all":
         return list(range(num_classes))
     found = []
@@ -144,6 +125,13 @@ def _check_numbers(options: Generate) -> None:
         raise ValueError(
             f"--eta {options.eta} belongs to ddim; {options.sampler} has its noise fixed. Drop it, or use --sampler ddim."
         )
+    if not 0 <= options.guidance_scale <= MAX_SCALE:
+        raise ValueError(
+            f"--guidance-scale {options.guidance_scale:g}: use 0 to {MAX_SCALE:g}; 1 is no guidance, and more than "
+            "10 is rarely of use."
+        )
+    if options.num_steps < 1:
+        raise ValueError(f"--num-steps {options.num_steps}: sampling takes at least one step. Use 1 or more.")
     if options.guidance_scale == 1 and options.guidance != "constant":
         raise ValueError(f"--guidance {options.guidance} with --guidance-scale 1 guides nowhere. Give another scale.")
     for name, kind in (("guidance_interval", "interval"), ("guidance_power", "power_cosine")):
@@ -151,28 +139,6 @@ def _check_numbers(options: Generate) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} belongs to --guidance {kind}, but it is {options.guidance}. Drop one of the two."
             )
-
-
-def _check_kept(options: Generate, model: MaskedDiffusionAutoencoder) -> None:
-    """Refuse a directory that holds something, and files that cannot hold the samples or are not wanted at all."""
-    if not (options.files or options.grid or options.npz):
-        raise ValueError("--no-files and --no-grid without --npz: nothing would be kept. Leave one of them out.")
-    frames = model.recipe.clip.frames
-    if options.npz and frames > 1:
-        raise ValueError(f"--npz holds pictures, but this model makes clips of {frames} frames. Leave it out.")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file. Name a directory for the results.")
-    inside = sorted(path.name for path in options.out.iterdir()) if options.out.exists() else []
-    if inside:
-        raise ValueError(f"--out {options.out} is not empty ({inside[0]!r}). Name a new directory, or empty this one.")
-
-
-def _claim(out: Path) -> None:
-    """Make the directory this run's own, though another should have found it empty at the same moment."""
-    try:
-        (out / CLAIM).touch(exist_ok=False)
-    except FileExistsError:
-        raise ValueError(f"--out {out} is in use by another run. Wait for it, or name a new directory.") from None
 
 
 def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[str]) -> Plan:
@@ -185,7 +151,7 @@ def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[s
     _check_numbers(options)
     guided = options.guidance_scale != 1
     labels = None
-    if num_classes and options.classes != "none":
+    if num_classes and (options.classes != "none" or "none" in names):
         classes = torch.tensor(
             chosen_classes("all" if options.classes is None else options.classes, num_classes, names)
         )
@@ -201,9 +167,19 @@ def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[s
             f"--predict {options.predict}, but this {recipe.name} predicts {' and '.join(recipe.samplers_heads)} for noise. "
             "Use that, or leave it out."
         )
+    end = int(model.schedule.end)
     if options.times == "even":
+        if isinstance(model.schedule, DiscreteSchedule) and options.num_steps > end:
+            raise ValueError(f"--num-steps {options.num_steps}: this {recipe.name} has {end} times. Use 1 to {end}.")
         times = model.schedule.times(options.num_steps)
     elif isinstance(model.schedule, DiscreteSchedule):
+        if end % options.num_steps:
+            near = [n for n in range(1, end + 1) if end % n == 0]
+            near.sort(key=lambda n: abs(n - options.num_steps))
+            raise ValueError(
+                f"--num-steps {options.num_steps} --times strided: the stride must divide {end}. Use {near[0]} or {near[1]} "
+                "steps, or --times even."
+            )
         times = model.schedule.strided_times(options.num_steps)
     else:
         raise ValueError(
@@ -211,117 +187,34 @@ def plan(options: Generate, model: MaskedDiffusionAutoencoder, names: Sequence[s
         )
     scale = None
     if guided:
-        end = model.schedule.end
         interval, power = options.guidance_interval, options.guidance_power
-        scale = guidance(options.guidance, options.guidance_scale, end, interval, power)
-    _check_kept(options, model)
+        if not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(
+                f"--guidance-interval {interval[0]:g} {interval[1]:g}: it is a part of the time, from 0 (clean) to 1 "
+                "(noise), and the first number is the lower one."
+            )
+        if not 0 < power <= MAX_SCALE:
+            raise ValueError(f"--guidance-power {power:g}: use a number above 0, to {MAX_SCALE:g}; MDTv2 has 4.")
+        scale = guidance(options.guidance, options.guidance_scale, model.schedule.end, interval, power)
+    gallery.check(options, recipe.clip)
     return Plan(labels, tuple(names), list(times), scale)
 
 
-def _name(label: int, names: Sequence[str]) -> str:
-    return names[label] if names else str(label)
-
-
-def grid_rows(
-    pictures: Sequence[Tensor], labels: Sequence[int] | None, names: Sequence[str], first: int, line: int
-) -> list[tuple[str, list[Tensor]]]:
-    """Rows of a contact sheet: by class if these are few, else in order under the classes' names.
-
-    Args:
-        pictures: (C, T, H, W) each, in [0, 1], no more than a sheet holds.
-        labels: of each, or None.
-        first: number of the first one.
-        line: how many go side by side.
-    """
-    rows = []
-    present = sorted(set(labels)) if labels is not None else []
-    if 0 < len(present) <= LINES:
-        for label in present:
-            assert labels is not None
-            mine = [picture for picture, its in zip(pictures, labels, strict=True) if its == label]
-            mine = mine[: LINES // len(present) * line]
-            for i in range(0, len(mine), line):
-                rows.append((_name(label, names) if i == 0 else "", mine[i : i + line]))
-        return rows
-    for i in range(0, len(pictures), line):
-        some = list(pictures[i : i + line])
-        caption = f"{first + i} to {first + i + len(some) - 1}"
-        if labels is not None:
-            caption = ", ".join(_name(label, names)[:16] for label in labels[i : i + line])
-        rows.append((caption, some))
-    return rows
-
-
-class _Spread:
-    """Which of several processes this one is: those of torchrun, or one alone.
-
-    Used as a context it joins them, and leaves at the end.
-    """
-
-    def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0")) if self.world > 1 else 0
-
-    def device(self, asked: str | None) -> str:
-        """The device that was asked for; if that is any GPU, this process's own."""
-        if self.world > 1 and asked in (None, "cuda") and torch.cuda.is_available():
-            asked = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        return pick_device(asked)
-
-    def __enter__(self) -> "_Spread":
-        if self.world > 1:  # gloo on GPUs too: only finished pictures are exchanged
-            dist.init_process_group("gloo", timeout=WAIT)
-            dist.barrier()  # nobody writes before everybody has looked at the directory
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
-
-    def gather(self, mine: Any, problem: str | None) -> list[Any]:
-        """What every process has made, by rank; if one of them had a problem, all raise it.
-
-        Raises:
-            ValueError: the problem of the first process that had one.
-        """
-        everyone: list[Any] = [(mine, problem)]
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, (mine, problem))
-        for _, theirs in everyone:
-            if theirs is not None:
-                raise ValueError(theirs)
-        return [made for made, _ in everyone]
-
-
-def _picture_name(number: int, channels: int) -> str:
-    return f"{number:05d}" + (".png" if channels in (1, 3, 4) else ".npy")
-
-
-class _Made:
-    """What a process keeps of the samples that it has made, as their files are written."""
-
-    def __init__(self, options: Generate, rank: int, line: int) -> None:
-        self.options = options
-        self.room = LINES * line if options.grid else 0
-        self.part = options.out / f".samples-{rank}.npy"
-        self.for_grid: dict[int, Tensor] = {}
-        self.arrays: list[np.ndarray] = []
-
-    def add(self, numbers: Sequence[int], clips: Tensor) -> None:
-        """Take (B, C, T, H, W) in [0, 1] whose place in this call is given."""
-        values = (clips.cpu() * 255).round().to(torch.uint8)
-        for number, value in zip(numbers, values, strict=True):
-            if self.options.files:
-                save_clip(self.options.out / f"{self.options.first + number:05d}.png", value)
-            if number < self.room:
-                self.for_grid[number] = value
-        if self.options.npz:
-            self.arrays.append(values[:, :, 0].permute(0, 2, 3, 1).numpy())
-
-    def write_part(self) -> None:
-        if self.arrays:
-            np.save(self.part, np.concatenate(self.arrays))
+def _notices(model: MaskedDiffusionAutoencoder) -> list[str]:
+    """What a user should know about the samples of this model."""
+    recipe, notices = model.recipe, []
+    noisy = recipe.branch_on("visible")
+    if noisy is not None and noisy.mask_ratio:
+        notices.append(
+            f"This {recipe.name} was trained with {noisy.mask_ratio:.1%} of every noisy picture hidden and now makes whole "
+            "ones, so do not expect its best: `unveil finetune-generator` trains on whole pictures."
+        )
+    if not recipe.clip.bounded:
+        notices.append(
+            "These are latents, not pictures: decode them by the autoencoder that the model was trained with (for DiT's "
+            "published weights, Stable Diffusion's, after dividing by its scale, 0.18215)."
+        )
+    return notices
 
 
 def _make(
@@ -329,7 +222,7 @@ def _make(
     model: MaskedDiffusionAutoencoder,
     planned: Plan,
     numbers: Sequence[int],
-    made: _Made,
+    made: gallery.Made,
     on_progress: Callable[[int], None],
 ) -> None:
     for start in range(0, len(numbers), options.batch_size):
@@ -351,59 +244,6 @@ def _make(
     made.write_part()
 
 
-def _write_npz(path: Path, parts: Sequence[Path], num_samples: int, labels: Tensor | None) -> None:
-    """One file of the parts that every process has left, sample i in the part i % len(parts)."""
-    arrays = None
-    for rank, part in enumerate(parts):
-        if part.exists():  # more processes than samples leave fewer parts
-            theirs = np.load(part)
-            arrays = np.empty((num_samples, *theirs.shape[1:]), theirs.dtype) if arrays is None else arrays
-            arrays[rank :: len(parts)] = theirs
-    assert arrays is not None
-    columns: dict[str, Any] = {"arr_0": arrays} | ({} if labels is None else {"arr_1": labels.numpy()})
-
-    def write(part: Path) -> None:
-        with part.open("wb") as stream:  # given a name, numpy would add an extension to it
-            np.savez(stream, **columns)
-
-    write_atomically(path, write)
-
-
-def _write_rest(
-    options: Generate, channels: int, planned: Plan, made: list[dict[int, Tensor]], line: int
-) -> dict[str, Any]:
-    """The files about all samples, once; returns where they lie."""
-    labels = None if planned.labels is None else planned.labels.tolist()
-    files: dict[str, Any] = {"samples": options.num_samples if options.files else 0}
-    if options.files and labels is not None:
-        path = options.out / "labels.csv"
-
-        def write(part: Path) -> None:
-            with part.open("w", encoding="utf-8", newline="") as stream:
-                lines = csv.writer(stream, lineterminator="\n")
-                lines.writerow(["file", "label", "class"])
-                for i, label in enumerate(labels):
-                    name = _picture_name(options.first + i, channels)
-                    lines.writerow([name, label, _name(label, planned.names)])
-
-        write_atomically(path, write)
-        files["labels"] = str(path)
-    if options.grid:
-        pictures = {number: value for theirs in made for number, value in theirs.items()}
-        shown = [pictures[number].float() / 255 for number in sorted(pictures)]
-        theirs = None if labels is None else labels[: len(shown)]
-        rows = grid_rows(shown, theirs, planned.names, options.first, line)
-        path = options.out / "grid.png"
-        save_png(path, contact_sheet(rows))
-        files["grid"] = str(path)
-    if options.npz:
-        path = options.out / "samples.npz"
-        parts = [options.out / f".samples-{rank}.npy" for rank in range(len(made))]
-        _write_npz(path, parts, options.num_samples, planned.labels)
-        files["npz"] = str(path)
-    return files
-
-
 def _told(options: Generate, planned: Plan) -> dict[str, Any]:
     """What was asked for, in the words of the result."""
     visited = planned.times[:-1]
@@ -418,7 +258,7 @@ def _told(options: Generate, planned: Plan) -> dict[str, Any]:
     classes = None
     if planned.labels is not None:
         counts = Counter(planned.labels.tolist())
-        classes = {_name(label, planned.names): counts[label] for label in sorted(counts)}
+        classes = {gallery.class_name(label, planned.names): counts[label] for label in sorted(counts)}
     return {
         "num_samples": options.num_samples,
         "first": options.first,
@@ -439,13 +279,14 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
     Returns:
         "out"; "num_samples", "first", "seed"; "classes", how many of each, or None; "sampler", "eta", "steps",
         "network_evaluations" for one sample, "guidance"; "files": how many samples have one, and where the others lie;
+        "notices", sentences;
         "processes", "seconds" and "samples_per_second". In a process other than the first of several, "rank" alone.
 
     Raises:
         ValueError: the model cannot do it, an option is out of its range, or the directory is not empty. All of it is found
             before anything is written.
     """
-    spread = _Spread()
+    spread = Spread()
     device = spread.device(options.device)
     model, about = load_model(options.run, device)
     names = about.classes if len(about.classes) == model.recipe.condition.num_classes else ()
@@ -453,7 +294,6 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     clip = model.recipe.clip
-    line = max(1, FRAMES // clip.frames)
     mine = range(spread.rank, options.num_samples, spread.world)
     files: dict[str, Any] = {}
 
@@ -462,11 +302,11 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
             on_progress(min(done * spread.world, options.num_samples), options.num_samples)
 
     with spread:
-        made, problem, claimed = _Made(options, spread.rank, line), None, False
+        made, problem, claimed = gallery.Made(options, clip, spread.rank), None, False
         try:
             try:
                 if spread.rank == 0:
-                    _claim(options.out)
+                    gallery.claim(options.out)
                     claimed = True
                 _make(options, model, planned, mine, made, show)
             except (ValueError, OSError) as error:
@@ -475,20 +315,23 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
             seconds = time.perf_counter() - begin
             try:
                 if spread.rank == 0:
-                    files = _write_rest(options, clip.channels, planned, everyone, line)
+                    files = gallery.write_rest(
+                        options, clip, options.num_samples, planned.labels, planned.names, everyone
+                    )
             except OSError as error:
                 problem = str(error)
             spread.gather(None, problem)  # only then are the parts read, and may go
         finally:
             made.part.unlink(missing_ok=True)
             if claimed:
-                (options.out / CLAIM).unlink(missing_ok=True)
+                (options.out / gallery.CLAIM).unlink(missing_ok=True)
     if spread.rank:
         return {"rank": spread.rank}
     return {
         "out": str(options.out),
         **_told(options, planned),
         "files": files,
+        "notices": _notices(model),
         "processes": spread.world,
         "seconds": seconds,
         "samples_per_second": options.num_samples / seconds,

@@ -17,6 +17,7 @@ from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_p
 from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
 
+NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FEW_LABEL_DRAWS = 5
 FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
@@ -48,10 +49,11 @@ class Probe:
     """mean of the patch tokens, or of the class tokens. Default: what the recipe trains: class for UMD's family, else mean."""
     time: float = 0.0
     """Put noise of this time on the pictures first; models that only ever saw noise (DiT, MaskDiT) want some, as 51."""
-    k: int = 20
-    """Neighbours that vote."""
+    k: int | None = None
+    """Neighbours that vote, for knn. Default 20."""
     baselines: bool = True
-    """Also probe raw pixels and the untrained encoder."""
+    """Also probe raw pixels and the untrained encoder; of an encoder whose blocks start as the identity (adaLN-zero) the
+    patches, since its class tokens are the same for every picture then."""
     seed: int = 0
     """Draws the few labels, and the untrained encoder."""
     batch_size: int = 256
@@ -102,7 +104,7 @@ def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options:
             if method == "fewshot":
                 predictions = fewshot_predict(x, y, test, num_classes)
             elif method == "knn":
-                predictions = knn_predict(x, y, test, num_classes, options.k)
+                predictions = knn_predict(x, y, test, num_classes, options.k or NEIGHBOURS)
             else:
                 # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
                 order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
@@ -130,8 +132,10 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     Raises:
         ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
     """
-    if options.k < 1:
+    if options.k is not None and options.k < 1:
         raise ValueError(f"--k {options.k}: at least one neighbour must vote.")
+    if options.k is not None and options.method not in (None, "knn"):
+        raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
     if options.labels_per_class is not None and options.labels_per_class < 1:
         raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
     device = pick_device(options.device)
@@ -140,11 +144,12 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     train_samples = _labelled(options.data, clip)
     functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}
     if options.baselines:
+        pool_at_start = "mean" if model.recipe.condition.time == "adaln" else options.pool
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
         functions |= {
-            "untrained encoder": encoder_features(untrained, options.pool, options.time, options.seed),
+            "untrained encoder": encoder_features(untrained, pool_at_start, options.time, options.seed),
             "raw pixels": raw_pixels,
         }
 
@@ -193,5 +198,5 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "labels_per_class": options.labels_per_class,
         "pool": options.pool or usual_pool(model.recipe),
         "time": options.time,
-        "k": options.k,
+        "k": options.k or NEIGHBOURS,
     }
