@@ -17,7 +17,7 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -151,16 +151,36 @@ def timed(run: Any) -> dict[str, Any]:
     return {**kept, "cpu_seconds": seconds, "threads": torch.get_num_threads()}
 
 
-def probes(run: Path, name: str, options: Options) -> dict[str, Any]:
-    """Few-shot and k-NN accuracy: clean, and for methods that never saw a clean picture also with a little noise on it."""
+METHODS: tuple[Literal["fewshot", "knn", "linear"], ...] = ("fewshot", "knn", "linear")
+
+
+def probes(run: Path, name: str, options: Options, pool: Literal["mean"] | None = None) -> dict[str, Any]:
+    """Accuracy of the class tokens' mean, or of the patches': on clean pictures, and for methods whose class tokens never saw
+    one also with a little noise on them."""
     sees_clean = recipe_of(name, options).branch_on("none") is not None
     scores = {}
-    for time_ in (0.0,) if sees_clean else (0.0, NOISE_OF_PROBE):
-        for method in ("fewshot", "knn", "linear"):
-            result = probe(
-                Probe(run=run, data=options.train, test_data=options.test, method=method, time=time_, baselines=False)
+    for time_ in (0.0,) if sees_clean or pool else (0.0, NOISE_OF_PROBE):
+        for method in METHODS:
+            asked = Probe(
+                run=run,
+                data=options.train,
+                test_data=options.test,
+                method=method,
+                time=time_,
+                pool=pool,
+                baselines=False,
             )
-            scores[f"{method}, t = {time_:g}"] = result["results"]["encoder"][method]
+            scores[f"{method}, t = {time_:g}"] = probe(asked)["results"]["encoder"][method]
+    return scores
+
+
+def floor_of_probes(run: Path, options: Options) -> dict[str, Any]:
+    """The same probes of what no training made: raw pixels, and the patches of the untrained encoder of that run."""
+    scores: dict[str, Any] = {}
+    for method in METHODS:
+        rows = probe(Probe(run=run, data=options.train, test_data=options.test, method=method))["results"]
+        for features in ("raw pixels", "untrained encoder"):
+            scores.setdefault(features, {})[f"{method}, t = 0"] = rows[features][method]
     return scores
 
 
@@ -195,6 +215,40 @@ def judged(
     if labels is not None:
         result["named_as_asked"] = verdict.accuracy
     return result
+
+
+def table(values: dict[str, Any]) -> str:
+    """The finished results as lines of Markdown."""
+    guided = f"guidance {values['setting']['guidance_scale']:g}"
+    lines = [
+        "| method | pre-training | few-shot | 20-NN | linear | patches: few-shot, linear | distance, no class | "
+        f"fine-tuning | few-shot | 20-NN | linear | distance | named | distance, {guided} | named |",
+        "|---|" + "---|" * 14,
+    ]
+
+    def three(scores: dict[str, float]) -> list[str]:
+        return [f"{scores[f'{method}, t = 0']:.1f}" for method in METHODS]
+
+    for name in ARMS:
+        arm = values[name]
+        few, _, linear = three(arm["probe of patches"])
+        stages = [f"{arm[s]['epochs']} epochs, {arm[s]['cpu_seconds']:.0f} s" for s in ("pretrain", "finetune")]
+        cells = [stages[0], *three(arm["probe"]), f"{few}, {linear}"]
+        cells.append(f"{arm['generated']['distance']:.2f}" if "generated" in arm else "cannot")
+        cells += [stages[1], *three(arm["probe after"])]
+        for scale in ("1", guided.split()[1]):
+            made = arm[f"generated after, guidance {scale}"]
+            cells += [f"{made['distance']:.2f}", f"{made['named_as_asked']:.1f}"]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    for name, scores in values["probe floor"].items():
+        lines.append(f"| {name} | | " + " | ".join(three(scores)) + " |" * 11)
+    lines += ["", "| method | multiply-adds | ratio to DiT's | images/s | ratio to DiT's |", "|---|---|---|---|---|"]
+    dit = values["speeds"]["dit_umd"]
+    for name, speed in values["speeds"].items():
+        work, rate = speed["multiply_adds"], speed["images_per_second"]
+        ratios = work / dit["multiply_adds"], rate / dit["images_per_second"]
+        lines.append(f"| `{name}` | {work / 1e6:.1f} M | {ratios[0]:.2f} | {rate:.0f} | {ratios[1]:.2f} |")
+    return "\n".join(lines)
 
 
 def main(options: Options) -> None:
@@ -250,6 +304,7 @@ def main(options: Options) -> None:
         )  # fmt: skip
         results.part(name, "pretrain", make=lambda run=run: {"epochs": run.epochs, **timed(lambda: pretrain(run))})
         results.part(name, "probe", make=lambda: probes(first, name, options))  # noqa: B023
+        results.part(name, "probe of patches", make=lambda: probes(first, name, options, "mean"))  # noqa: B023
         if recipe.branch_on("visible"):
             sheet = options.out / f"{name}.png"
             results.part(name, "generated", make=lambda: judged(first, options, None, judge, real, sheet))  # noqa: B023
@@ -261,6 +316,7 @@ def main(options: Options) -> None:
             name, "finetune", make=lambda run=more: {"epochs": run.epochs, **timed(lambda: finetune_generator(run))}
         )
         results.part(name, "probe after", make=lambda: probes(second, name, options))  # noqa: B023
+        results.part(name, "probe of patches after", make=lambda: probes(second, name, options, "mean"))  # noqa: B023
         for scale in (1.0, options.guidance_scale):
             sheet = options.out / f"{name}_guidance_{scale:g}.png"
             results.part(
@@ -268,9 +324,11 @@ def main(options: Options) -> None:
                 f"generated after, guidance {scale:g}",
                 make=lambda: judged(second, options, scale, judge, real, sheet),  # noqa: B023
             )
+    if options.arms:
+        results.part("probe floor", make=lambda: floor_of_probes(options.out / options.arms[0], options))
     if options.speeds:
         results.part("speeds", make=lambda: speeds(options))
-    print(json.dumps(results.read(), indent=2))
+        print(table(results.read()))
 
 
 if __name__ == "__main__":
