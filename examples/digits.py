@@ -23,7 +23,7 @@ from unveil.recipe import Recipe
 from unveil.report import Page, contact_sheet, curve, save_png
 from unveil.rundir import METRICS, SHEET
 from unveil.tasks.evaluate import Evaluate, evaluate
-from unveil.tasks.pretrain import Pretrain, pretrain
+from unveil.tasks.pretrain import Pretrain, RecipeName, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.train import Progress
 
@@ -78,7 +78,7 @@ def loss_towards_mae(model: MaskedDiffusionAutoencoder, clips: torch.Tensor) -> 
     diffusion = [
         loss(dataclasses.replace(recipe, schedule=Schedule(kind="linear", rho=rho)), state, fixed) for rho in RHOS
     ]
-    token = decoder.noisy_embed(z) + model.condition(schedule.network_time(t[:1]), None)
+    token = decoder.noisy_embed(z) + model.condition(schedule.network_time(t[:1]), None)[0]
     shared = {n: v for n, v in state.items() if not n.startswith(("decoder.noisy_embed", "condition."))}
     (branch,) = recipe.branches
     mae = dataclasses.replace(
@@ -90,7 +90,7 @@ def loss_towards_mae(model: MaskedDiffusionAutoencoder, clips: torch.Tensor) -> 
 
 def main() -> None:
     begin = time.perf_counter()
-    runs = {"diffmae": OUT / "diffmae", "mae_raw": OUT / "mae_raw"}
+    runs: dict[RecipeName, Path] = {"diffmae": OUT / "diffmae", "mae_raw": OUT / "mae_raw"}
     trained = {
         name: train_with_bar(
             name, Pretrain(data="digits:train", out=run, recipe=name, epochs=EPOCHS, decoder="cross_self")

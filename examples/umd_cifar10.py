@@ -3,10 +3,11 @@
     python examples/umd_cifar10.py --train cifar10/train.parquet --test cifar10/test.parquet --out runs/umd_cifar10
 
 Every method is pre-trained without labels and then fine-tuned as a class-conditional generator, each stage with the
-multiply-adds of --dit-epochs epochs of DiT. Before and after: few-shot and nearest-neighbour accuracy of the frozen encoder,
-and the Frechet distance of generated pictures to the test pictures in the features of a small classifier that is trained on
-the same data first (this is no FID). Stopped or killed, the same command goes on; what is finished is skipped. Several of them
-may share a directory, each with --arms of its own, once the classifier is there (--arms "" --no-speeds makes it alone).
+multiply-adds of --dit-epochs epochs of DiT, to the nearest whole epoch. Before and after: few-shot, nearest-neighbour and
+linear accuracy of the frozen encoder, and the Frechet distance of generated pictures to the test pictures in the features
+of a small classifier that is trained on the same data first (this is no FID). Stopped or killed, the same command goes on;
+what is finished is skipped. Several of them may share a directory, each with --arms of its own, once the classifier is
+there (--arms --no-speeds makes it alone).
 """
 
 import dataclasses
@@ -36,10 +37,10 @@ from unveil.recipe import Recipe
 from unveil.report import contact_sheet, save_png
 from unveil.sampling import guidance
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
-from unveil.tasks.pretrain import Pretrain, pretrain
+from unveil.tasks.pretrain import Pretrain, RecipeName, pretrain
 from unveil.tasks.probe import Probe, probe
 
-ARMS = ("umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd")
+ARMS: tuple[RecipeName, ...] = ("umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd")
 NOISE_OF_PROBE = 51.0  # the noise that UMD's authors probe DiT and MaskDiT at
 NUM_CLASSES = 10
 
@@ -51,7 +52,7 @@ class Options:
     test: str
     """Parquet file of the 10,000 test pictures."""
     out: Path = Path("runs/umd_cifar10")
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[RecipeName, ...] = ARMS
     size: str = "Nano/4"
     dit_epochs: float = 4.0
     """Epochs of DiT whose arithmetic each stage of each method gets."""
@@ -142,24 +143,30 @@ def speeds(options: Options, rounds: int = 7) -> dict[str, Any]:
 
 
 def timed(run: Any) -> dict[str, Any]:
-    """What a training returns, with its seconds by the clock and of the processor."""
+    """What a training returns, with its seconds by the clock and of the processor; None of these where it went on from an
+    earlier start, whose seconds are not known."""
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     result = run()
     now = resource.getrusage(resource.RUSAGE_SELF)
     seconds = now.ru_utime + now.ru_stime - cpu.ru_utime - cpu.ru_stime
-    kept = {name: result[name] for name in ("steps_now", "images_seen", "loss", "seconds")}
-    return {**kept, "cpu_seconds": seconds, "threads": torch.get_num_threads()}
+    if not result["finished"]:  # by Ctrl-C, and saved; the same command goes on
+        raise SystemExit(130)
+    kept = {name: result[name] for name in ("steps_now", "images_seen", "loss")}
+    spent = {"seconds": result["seconds"], "cpu_seconds": seconds}
+    if result["resumed"]:
+        spent = dict.fromkeys(spent)
+    return {**kept, **spent, "threads": torch.get_num_threads()}
 
 
 METHODS: tuple[Literal["fewshot", "knn", "linear"], ...] = ("fewshot", "knn", "linear")
 
 
 def probes(run: Path, name: str, options: Options, pool: Literal["mean"] | None = None) -> dict[str, Any]:
-    """Accuracy of the class tokens' mean, or of the patches': on clean pictures, and for methods whose class tokens never saw
-    one also with a little noise on them."""
+    """Accuracy of the class tokens' mean, or of the patches': on clean pictures, and for methods that never saw one also with
+    a little noise on them."""
     sees_clean = recipe_of(name, options).branch_on("none") is not None
     scores = {}
-    for time_ in (0.0,) if sees_clean or pool else (0.0, NOISE_OF_PROBE):
+    for time_ in (0.0,) if sees_clean else (0.0, NOISE_OF_PROBE):
         for method in METHODS:
             asked = Probe(
                 run=run,
@@ -218,52 +225,70 @@ def judged(
 
 
 def table(values: dict[str, Any]) -> str:
-    """The finished results as lines of Markdown."""
-    guided = f"guidance {values['setting']['guidance_scale']:g}"
-    lines = [
-        "| method | pre-training | few-shot | 20-NN | linear | patches: few-shot, linear | distance, no class | "
-        f"fine-tuning | few-shot | 20-NN | linear | distance | named | distance, {guided} | named |",
-        "|---|" + "---|" * 14,
-    ]
+    """The results as lines of Markdown; methods of which a part is missing are left out."""
+    scales = ("1", f"{values['setting']['guidance_scale']:g}")
+    done = [name for name in ARMS if "probe of patches after" in values.get(name, {})]
 
-    def three(scores: dict[str, float]) -> list[str]:
-        return [f"{scores[f'{method}, t = 0']:.1f}" for method in METHODS]
+    def scores_of(scores: dict[str, float]) -> list[str]:
+        """Each accuracy, the one at a little noise behind it."""
+        noisy = [scores.get(f"{method}, t = {NOISE_OF_PROBE:g}") for method in METHODS]
+        return [
+            f"{scores[f'{method}, t = 0']:.1f}" + ("" if with_noise is None else f" ({with_noise:.1f})")
+            for method, with_noise in zip(METHODS, noisy, strict=True)
+        ]
 
-    for name in ARMS:
-        arm = values[name]
-        few, _, linear = three(arm["probe of patches"])
-        stages = [f"{arm[s]['epochs']} epochs, {arm[s]['cpu_seconds']:.0f} s" for s in ("pretrain", "finetune")]
-        cells = [stages[0], *three(arm["probe"]), f"{few}, {linear}"]
-        cells.append(f"{arm['generated']['distance']:.2f}" if "generated" in arm else "cannot")
-        cells += [stages[1], *three(arm["probe after"])]
-        for scale in ("1", guided.split()[1]):
-            made = arm[f"generated after, guidance {scale}"]
-            cells += [f"{made['distance']:.2f}", f"{made['named_as_asked']:.1f}"]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    for name, scores in values["probe floor"].items():
-        lines.append(f"| {name} | | " + " | ".join(three(scores)) + " |" * 11)
-    lines += ["", "| method | multiply-adds | ratio to DiT's | images/s | ratio to DiT's |", "|---|---|---|---|---|"]
-    dit = values["speeds"]["dit_umd"]
-    for name, speed in values["speeds"].items():
-        work, rate = speed["multiply_adds"], speed["images_per_second"]
-        ratios = work / dit["multiply_adds"], rate / dit["images_per_second"]
-        lines.append(f"| `{name}` | {work / 1e6:.1f} M | {ratios[0]:.2f} | {rate:.0f} | {ratios[1]:.2f} |")
+    def stage(name: str, part: str) -> str:
+        made = values[name][part]
+        seconds = "resumed" if made["cpu_seconds"] is None else f"{made['cpu_seconds']:.0f} s"
+        return f"{made['epochs']} epochs, {seconds}"
+
+    lines = []
+    for title, part, suffix in (("pre-training", "pretrain", ""), ("fine-tuning", "finetune", " after")):
+        head = [f"after {title}", "CPU", *(f"class tokens: {method}" for method in METHODS)]
+        head += [f"patches: {method}" for method in METHODS]
+        head += [f"distance, guidance {g}; named as asked" for g in scales] if suffix else ["distance, no class"]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in done:
+            arm = values[name]
+            cells = [stage(name, part), *scores_of(arm[f"probe{suffix}"]), *scores_of(arm[f"probe of patches{suffix}"])]
+            if suffix:
+                made = [arm[f"generated after, guidance {g}"] for g in scales]
+                cells += [f"{one['distance']:.2f}; {one['named_as_asked']:.1f} %" for one in made]
+            else:
+                cells.append(f"{arm['generated']['distance']:.2f}" if "generated" in arm else "cannot")
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        if not suffix:
+            floors = values.get("probe floor", {})
+            lines += [
+                f"| {name} | | | | | " + " | ".join(scores_of(scores)) + " | |" for name, scores in floors.items()
+            ]
+        lines.append("")
+    if "speeds" in values:
+        lines += ["| method | multiply-adds | ratio to DiT's | images/s | ratio to DiT's |", "|---|---|---|---|---|"]
+        dit = values["speeds"]["dit_umd"]
+        for name, speed in values["speeds"].items():
+            work, rate = speed["multiply_adds"], speed["images_per_second"]
+            ratios = work / dit["multiply_adds"], rate / dit["images_per_second"]
+            lines.append(f"| `{name}` | {work / 1e6:.1f} M | {ratios[0]:.2f} | {rate:.0f} | {ratios[1]:.2f} |")
     return "\n".join(lines)
 
 
 def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "results.json")
-    results.part(
-        "setting",
-        make=lambda: {
-            **{k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "arms", "speeds")},
-            "train": Path(options.train).name,
-            "test": Path(options.test).name,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-        },
-    )
+    setting = {
+        **{k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "arms", "speeds")},
+        "train": Path(options.train).name,
+        "test": Path(options.test).name,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    before = results.part("setting", make=lambda: setting)
+    for name, value in setting.items():
+        if before.get(name) != value:
+            raise SystemExit(
+                f"{options.out} was made with {name}={before.get(name)!r}, not {value!r}. Name another --out."
+            )
     clip = recipe_of("umd", options).clip
     test = load_arrays(options.test, clip)
     judge_file = options.out / "judge.safetensors"
@@ -288,7 +313,7 @@ def main(options: Options) -> None:
     real = judge_pictures(judge, test.clips).features
 
     def floor() -> float:
-        """What as many real training pictures get: no generator can be expected below it."""
+        """What as many real training pictures get, which the classifier has seen."""
         train = load_arrays(options.train, clip).clips[: options.num_samples]
         return frechet_distance(judge_pictures(judge, train).features, real)
 
@@ -328,7 +353,7 @@ def main(options: Options) -> None:
         results.part("probe floor", make=lambda: floor_of_probes(options.out / options.arms[0], options))
     if options.speeds:
         results.part("speeds", make=lambda: speeds(options))
-        print(table(results.read()))
+    print(table(results.read()))
 
 
 if __name__ == "__main__":

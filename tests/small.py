@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mae cross_self": ("mae_raw", {"decoder": "cross_self"}),
     "mae video": ("mae", {"frames": 16, "tubelet_size": 2, "mask_ratio": 0.9}),
     "dit": ("dit", {}),
+    "dit latent": ("dit", {"size": "XL/2", "channels": 4, "height": 32, "latents": True, "num_classes": 1000}),
     "dit classes": ("dit", {"num_classes": 1000}),
     "dit generator": ("dit", {"generator": 1000}),
     "maskdit": ("maskdit", {}),

@@ -532,6 +532,10 @@ REFUSALS: list[tuple[Callable[[], object], str]] = [
         "has label_tokens=4, but an encoder that is not told the class. Use label_tokens=0.",
     ),
     (changed("dit", schedule=Schedule(kind="flow")), "predicts 'variance' on a flow, whose steps have none."),
+    (
+        changed("maskdit", schedule=Schedule(kind="flow")),
+        "predicts 'eps' on a flow, whose last time has no clean value",
+    ),
     (changed("diffmae", condition=Condition()), "has noise but time='none'. Use time='add', 'token' or 'adaln'."),
     (
         changed("mae_umd", condition=Condition(time="token", trunk="wide", num_classes=10)),

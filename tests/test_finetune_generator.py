@@ -288,6 +288,21 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again["steps_now"] == 0
 
 
+def test_renamed_classes_are_another_run(tmp_path: Path) -> None:
+    """Otherwise every label after the renamed one would shift in the middle of a run."""
+    run = save(tmp_path / "run", "dit")
+    for name in "abc":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "photos" / name / f"{i}.png")
+    finetune(run, tmp_path / "out", data=str(tmp_path / "photos"), batch_size=4)
+    (tmp_path / "photos" / "a").rename(tmp_path / "photos" / "z")
+    with pytest.raises(
+        ValueError, match=r"holds another run: classes was \['a', 'b', 'c'\] and is now \['b', 'c', 'z'\]"
+    ):
+        finetune(run, tmp_path / "out", data=str(tmp_path / "photos"), batch_size=4)
+
+
 def test_a_batch_without_clean_clips_tells_the_way_out(tmp_path: Path) -> None:
     run = save(tmp_path / "run", "umd")
     with pytest.raises(ValueError, match=r"A batch of 19 is too small for the 5% .* or --clean-share 0"):

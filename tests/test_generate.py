@@ -124,6 +124,38 @@ def test_a_sample_does_not_depend_on_its_batch(conditional: Path, sampler: str, 
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.arange(4) % 3, "4 labels for 7 clips"),
+        (torch.zeros(1).long(), "1 labels for 7 clips"),
+        (torch.zeros(7), r"The labels are \(7,\) of torch.float32; give one class for each clip, as int64"),
+        (torch.zeros(7, 1).long(), r"The labels are \(7, 1\) of torch.int64"),
+    ],
+)
+def test_the_pipeline_wants_one_class_for_each_clip(conditional: Path, labels: Tensor, message: str) -> None:
+    model, _ = load_model(conditional)
+    with pytest.raises(ValueError, match=message):
+        pipeline.generate(model, range(7), labels, num_steps=1)
+
+
+def test_out_of_memory_is_a_sentence(
+    tmp_path: Path, unconditional: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nA page of advice")
+
+    monkeypatch.setattr(pipeline, "generate", full)
+    code, _, error = run_cli(f"generate --run {unconditional} --device cpu --out {tmp_path}/out", capsys)
+    assert (code, error) == (2, "unveil: --batch-size 64 does not fit into the memory of cpu. Use a smaller one.\n")
+    monkeypatch.setitem(cli.RUN, Generate, (full, cli.RUN[Generate][1]))
+    code, _, error = run_cli(f"generate --run {unconditional} --out {tmp_path}/out", capsys)
+    assert code == 2
+    assert error == (
+        "unveil: CUDA out of memory. Tried to allocate 1 TiB. Use a smaller --batch-size, or a smaller model.\n"
+    )
+
+
 def test_the_batch_size_changes_nothing(tmp_path: Path, conditional: Path) -> None:
     make(conditional, tmp_path / "a", npz=True)
     make(conditional, tmp_path / "b", npz=True, batch_size=4)
@@ -597,6 +629,25 @@ def test_latents_are_neither_cut_nor_drawn(tmp_path: Path, capsys: pytest.Captur
         assert "makes latents of 4 channels" in error
 
 
+def test_commands_that_read_pictures_refuse_a_model_of_latents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(tmp_path / "run", "umd", **LATENT)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "photos" / "a.png")
+    for command in (
+        "probe --data {photos}",
+        "evaluate --data {photos}",
+        f"finetune-generator --data {{photos}} --out {tmp_path}/new",
+        f"inpaint --images {{photos}} --out {tmp_path}/new",
+    ):
+        code, out, error = run_cli(f"{command.format(photos=tmp_path / 'photos')} --run {run}", capsys)
+        assert (code, out) == (2, ""), command
+        assert "This model works on latents of 4 channels" in error, command
+    assert not (tmp_path / "new").exists()
+    assert "8 x 8 latents" in run_cli(f"info --run {run}", capsys)[1]
+
+
 def test_predictions_of_latents_keep_their_range() -> None:
     """The same weights, once on pixels and once on latents: only what lies outside of the pixels' range differs."""
     latents = build(small("umd_flow", **LATENT), spread=0.2)
@@ -712,12 +763,12 @@ def test_a_failure_of_one_process_ends_the_other(tmp_path: Path, unconditional: 
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
-        "from unveil import cli\n"
-        "from unveil.tasks import generate\n"
+        "from unveil import cli, gallery\n"
         "def full(*_):\n"
         "    raise OSError('no room for the second')\n"
         "if os.environ['RANK'] == '1':\n"
-        "    generate.save_clip = full\n"
+        "    assert callable(gallery.save_clip)\n"
+        "    gallery.save_clip = full\n"
         "cli.main(sys.argv[1:])\n"
     )
     begin = time.monotonic()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import VARIANTS, batch_for, small_variant
+from small import VARIANTS, batch_for, build, clips_for, small_variant
 from torch import Tensor
 
 from unveil import recipes
@@ -292,3 +293,12 @@ def test_few_shots_take_at_most_a_hundred_of_each_class_and_fewer_of_a_rare_one(
     x, test = torch.randn(153, 4), torch.randn(2, 4)
     assert probe_module._scores(x, labels, test, torch.tensor([0, 1]), options) == {"fewshot": 50.0}
     assert seen == [[100, 3]] * 5
+
+
+def test_the_demo_shows_what_the_tests_hold() -> None:
+    """`make demo` trains for minutes before it computes this; here on drawn weights."""
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "digits.py"))
+    model = build(recipes.diffmae("Nano/4", channels=1, height=8, decoder="cross_self"))
+    diffusion, mae = example["loss_towards_mae"](model, clips_for(model.recipe, 4))
+    assert diffusion[-1] == pytest.approx(mae, rel=1e-5)
+    assert diffusion[0] != pytest.approx(mae, rel=1e-3)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -200,7 +201,8 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "recipe": f"{recipe['name']} {recipe['size']}",
         "trains on": "; ".join(_tell_branch(branch) for branch in recipe["branches"]),
         "can": ", ".join(result["can"]),
-        "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} pixels, "
+        "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} "
+        f"{'pixels' if clip['bounded'] else 'latents'}, "
         f"patches of {clip['tubelet_size']} x {clip['patch_size']} x {clip['patch_size']}",
         "classes": _tell_classes(recipe["condition"]["num_classes"], about["classes"]),
         "normalisation": f"mean {clip['mean']}, std {clip['std']}",
@@ -257,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = run(options)
     except ValueError as error:
         say(f"unveil: {error}")
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        say(f"unveil: {str(error).splitlines()[0]} Use a smaller --batch-size, or a smaller model.")
         sys.exit(2)
     except OSError as error:
         say(f"unveil: {error.filename}: {error.strerror}." if error.filename and error.strerror else f"unveil: {error}")

@@ -66,6 +66,34 @@ class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     notes: list[tuple[int, str]]
 
 
+def check_pixels(data: str, clip: Clip) -> None:
+    """Refuse pictures for a model of latents.
+
+    Raises:
+        ValueError: the model's clips are unbounded.
+    """
+    if not clip.bounded:
+        raise ValueError(
+            f"This model works on latents of {clip.channels} channels, as an autoencoder makes them, but {data} holds "
+            "values in [0, 1]. Give a model of pixels; from latents you can `unveil generate`, or train in Python."
+        )
+
+
+def source_for(data: str, clip: Clip, labelled: bool = False) -> Source:
+    """What `--data` names, opened for clips like these; labelled if it must have classes.
+
+    Raises:
+        ValueError: there is no such source, it does not fit the clips, or it has no labels.
+    """
+    check_pixels(data, clip)
+    source = open_source(data, clip.channels, clip.frames, clip.height, clip.width)
+    if labelled and not source.classes:
+        raise ValueError(
+            f"{data} has no labels: sort the pictures into a folder for each class, or give a label column."
+        )
+    return source
+
+
 class Samples(Dataset[Sample]):
     """The samples of a source at a clip's size, read by (epoch, index).
 

@@ -116,7 +116,8 @@ def variance_bound(
 ) -> Tensor:
     """The variational bound's term of each token in bits per value, (B, S), through the variance alone.
 
-    KL(q(x_s | x_t, x0) || N(mean, variance)) with s = t - 1; at t = 1 the likelihood of the clean values in bins of 1/255.
+    KL(q(x_s | x_t, x0) || N(mean, variance)) with s = t - 1; at t = 1 the likelihood of the clean values in bins of 1/255 of
+    their range low to high. Latents have none, and that of [-1, 1] stands in, as in DiT's code.
     The share, (B, S, P) in [0, 1] between them, interpolates the log variance from the posterior's to the step's own.
     Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15 and 16: the mean is taken from eps without gradient.
     """
@@ -141,6 +142,7 @@ def variance_bound(
     )
     a_1 = per_clip(torch.where(t == 1, a_t, 1.0).float())  # at t = 1 the mean is the clean values that eps implies
     mean = ((part.x_t - per_clip(s_t.float()) * eps) / a_1).detach()
+    low, high = torch.where(low.isinf(), -1.0, low), torch.where(high.isinf(), 1.0, high)
     likelihood = -_log_cdf_difference(part.x0, mean, 0.5 * log_variance, (high - low) / 255, low, high)
     return torch.where(per_clip(t == 1), likelihood, kl).mean(-1) / math.log(2)
 
@@ -169,7 +171,7 @@ class Objective(nn.Module):
         return loss
 
     def forward(self, clip: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score a batch of clips, (B, C, T, H, W) in [0, 1].
+        """Score a batch of clips, (B, C, T, H, W), in [0, 1] unless they are unbounded.
 
         Every clip counts the same, so that a branch counts by its share of them: the loss is the mean over clips of the
         weighted sum of the terms of the clip's own branch, each a mean over the scored tokens.

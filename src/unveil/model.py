@@ -259,7 +259,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
 
         Returns:
             denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within their range; of a model that learned its
-            variance, also that share of it, (B, M, P) in [0, 1].
+            variance, also that share of it, (B, M, P), about 0 to 1.
         """
         recipe, schedule = self.recipe, self.schedule
         assert schedule is not None and recipe.samplers_heads

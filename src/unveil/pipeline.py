@@ -121,7 +121,7 @@ def repaint(
     RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
 
     Args:
-        clips: (B, C, T, H, W) in [0, 1]. What lies under a hole is never read.
+        clips: (B, C, T, H, W), in [0, 1] unless they are unbounded. What lies under a hole is never read.
         holes: (B, T, H, W) bool, True = repaint. A token is hidden if any of its pixels is.
         num_samples: different answers for each hole.
         seed, indices: noise of clip i and sample s depends on (seed, indices[i], s) alone; indices are 0, 1, ... if not given.
@@ -226,6 +226,10 @@ def check_can_generate(model: MaskedDiffusionAutoencoder, labels: Tensor | None,
             f"This {recipe.name} {recipe.size} was trained without classes, so it cannot be asked for one. "
             "Ask for pictures of no class, or give it classes by `unveil finetune-generator`."
         )
+    if labels is not None and (labels.dtype != torch.int64 or labels.ndim != 1):
+        raise ValueError(
+            f"The labels are {tuple(labels.shape)} of {labels.dtype}; give one class for each clip, as int64 of shape (B,)."
+        )
     if labels is not None and not bool(((labels >= 0) & (labels <= num_classes)).all()):
         raise ValueError(
             f"A class of {labels.min()} to {labels.max()} was asked for, but this model's are 0 to {num_classes - 1}."
@@ -280,6 +284,8 @@ def generate(
     assert model.schedule is not None
     if not indices:
         raise ValueError("No clip was asked for. Give at least one index.")
+    if labels is not None and len(labels) != len(indices):
+        raise ValueError(f"{len(labels)} labels for {len(indices)} clips. Give one class for each clip.")
     if times is None:
         times = model.schedule.times(num_steps)
     elif not isinstance(sampler, str):

@@ -83,11 +83,13 @@ class Recipe:
                 f"Recipe {self.name!r} has label_tokens={self.condition.label_tokens}, but an encoder that is not told the "
                 "class. Use label_tokens=0."
             )
-        if self.schedule is not None and self.schedule.kind == "flow" and "variance" in self.heads:
-            raise ValueError(
-                f"Recipe {self.name!r} predicts 'variance' on a flow, whose steps have none. Use kind='linear' or 'cosine', or "
-                "leave that term out."
-            )
+        if self.schedule is not None and self.schedule.kind == "flow":
+            for head, why in (("variance", "steps have none"), ("eps", "last time has no clean value to tell it from")):
+                if head in self.heads:
+                    raise ValueError(
+                        f"Recipe {self.name!r} predicts {head!r} on a flow, whose {why}. Use kind='linear' or 'cosine', or "
+                        "predict x0."
+                    )
         if self.condition.label_tokens_from not in range(1, self.encoder.depth + 1):
             raise ValueError(
                 f"Recipe {self.name!r} has label_tokens_from={self.condition.label_tokens_from} of {self.encoder.depth} "

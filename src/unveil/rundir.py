@@ -166,7 +166,7 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
         elif a != b:
             yield f"{where} was {a!r} and is now {b!r}"
 
-    for part in ("recipe", "data", "seed", "num_samples", "start"):
+    for part in ("recipe", "data", "seed", "num_samples", "start", "classes"):
         # through JSON, so that tuples compare as the lists they were written as
         for difference in differences(before.get(part), json.loads(json.dumps(config.get(part))), part):
             raise ValueError(

@@ -61,7 +61,7 @@ def ddpm(
     step from s to t adds (1): Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15.
 
     Args:
-        denoise: predicts clean values from x_t at a time, and may return (x0, share), share in [0, 1] of x0's shape.
+        denoise: predicts clean values from x_t at a time, and may return (x0, share), share about 0 to 1, of x0's shape.
         x_t: start, standard normal, any shape.
         times: falling, the last is 0. `schedule.times(n)` gives n even steps.
         noise: a standard normal of its argument's shape, fresh at each call.

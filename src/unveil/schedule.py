@@ -174,17 +174,6 @@ def v_from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tens
     return _like(alpha, x0) * eps - _like(sigma, x0) * x0
 
 
-def x0_from_v(x_t: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Holds for any rates: alpha^2 + sigma^2 = 1 is not assumed."""
-    a, s = _like(alpha, x_t), _like(sigma, x_t)
-    return (a * x_t - s * v) / (a**2 + s**2)
-
-
-def eps_from_v(x_t: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    a, s = _like(alpha, x_t), _like(sigma, x_t)
-    return (s * x_t + a * v) / (a**2 + s**2)
-
-
 def transition(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The forward process from an earlier time s to t: x_t = step x_s + N(0, added). For any rates.
 

@@ -228,6 +228,7 @@ def train(
         "seed": run.seed,
         "num_samples": len(samples),
         "start": run.start,
+        "classes": list(run.classes),
         "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
         "version": __version__,
     }
@@ -248,7 +249,10 @@ def train(
 def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
     run, recipe = trainer.run, trainer.recipe
     device = torch.device(run.device)
-    objective: Any = torch.compile(trainer.objective) if run.compile else trainer.objective
+    objective: Any = trainer.objective
+    if run.compile:
+        torch._dynamo.reset()  # it counts the graphs of earlier runs in this process, and at eight falls back to eager
+        objective = torch.compile(objective)
     trainer.model.train()
     begin = last_save = last_record = last_told = time.perf_counter()
     waiting = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unveil.checkpoint import load_model, pick_device
-from unveil.data import Samples, batches, open_source
+from unveil.data import Samples, batches, source_for
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler, named_holes, predict, repaint
@@ -110,7 +110,7 @@ def evaluate(options: Evaluate, on_progress: Callable[[int, int], None] | None =
     device = pick_device(options.device)
     model, about = load_model(options.run, device)
     clip = model.recipe.clip
-    source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
+    source = source_for(options.data, clip)
     samples = Samples(source, clip, seed=0, training=None)
     loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=0)
     parts: list[dict[str, Tensor]] = []

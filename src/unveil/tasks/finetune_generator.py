@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unveil.checkpoint import load_model
-from unveil.data import open_source
+from unveil.data import source_for
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.planning import TrainingOptions, planned, prepare
 from unveil.recipe import Recipe
@@ -104,12 +104,8 @@ def finetune_generator(
     """
     model, about = load_model(options.run)
     clip = model.recipe.clip
-    source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
-    if not source.classes:
-        raise ValueError(
-            f"{options.data} has no labels: sort the pictures into a folder for each class, or give a label column."
-        )
-    classes = tuple(source.classes)
+    source = source_for(options.data, clip, labelled=True)
+    classes = tuple(source.classes or ())
     recipe = generator(model.recipe, num_classes=len(classes))
     if options.clean_share is not None:
         recipe = with_clean_share(recipe, options.clean_share)

@@ -308,7 +308,15 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
                 if spread.rank == 0:
                     gallery.claim(options.out)
                     claimed = True
+            except (ValueError, OSError) as error:
+                problem = str(error)
+            spread.gather(None, problem)  # nobody writes into a directory that is another's
+            try:
                 _make(options, model, planned, mine, made, show)
+            except torch.OutOfMemoryError:
+                problem = (
+                    f"--batch-size {options.batch_size} does not fit into the memory of {device}. Use a smaller one."
+                )
             except (ValueError, OSError) as error:
                 problem = str(error)
             everyone = spread.gather(made.for_grid, problem)

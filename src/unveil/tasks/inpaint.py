@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from unveil.checkpoint import load_model, pick_device
-from unveil.data import BadPicture, Source, open_source
+from unveil.data import BadPicture, Source, check_pixels, open_source
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes, predict, repaint
 from unveil.report import contact_sheet, save_clip, save_png
@@ -145,6 +145,7 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
     device = pick_device(options.device)
     model, _ = load_model(options.run, device)
     sizes = model.recipe.clip
+    check_pixels(options.images, sizes)
     name = options.images.partition(":")[0]
     exact = (sizes.height, sizes.width) if name in ("moving-digits",) else (None, None)
     source: Source = open_source(options.images, sizes.channels, sizes.frames, *exact)

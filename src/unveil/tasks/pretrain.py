@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from unveil import recipes, sizes
 from unveil.config import DecoderKind, Masking, ScheduleKind
-from unveil.data import open_source
+from unveil.data import source_for
 from unveil.planning import TrainingOptions, planned, prepare
 from unveil.recipe import Recipe
 from unveil.train import Progress, train
@@ -119,15 +119,9 @@ def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None =
             "noise. Drop it, or use umd, umd_flow, dit, maskdit, dit_umd or maskdit_umd."
         )
     clip = recipe.clip
-    source = open_source(options.data, clip.channels, clip.frames, clip.height, clip.width)
-    classes: tuple[str, ...] = ()
-    if options.labels:
-        if not source.classes:
-            raise ValueError(
-                f"--labels, but {options.data} has none: sort the pictures into a folder for each class, or give a label "
-                "column."
-            )
-        classes = tuple(source.classes)
+    source = source_for(options.data, clip, labelled=options.labels)
+    classes = tuple(source.classes or ()) if options.labels else ()
+    if classes:
         told = dataclasses.replace(recipe.condition, num_classes=len(classes))
         training = dataclasses.replace(recipe.training, label_dropout=sizes.LABEL_DROPOUT)
         recipe = dataclasses.replace(recipe, condition=told, training=training)

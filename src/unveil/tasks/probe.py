@@ -12,7 +12,7 @@ from torch import Tensor
 from unveil import draws
 from unveil.checkpoint import load_model, pick_device
 from unveil.config import Clip
-from unveil.data import Samples, batches, open_source
+from unveil.data import Samples, batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
 from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predict, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
@@ -27,8 +27,8 @@ FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
 class Probe:
     """Measure the frozen encoder on labelled data: a linear probe (closed-form ridge) and k nearest neighbours.
 
-    The same probes on raw pixels and on the untrained encoder are printed beside it. The ridge penalty is chosen on a
-    fifth of the training labels, for each kind of features by itself.
+    The same probes on raw pixels and on the untrained encoder are printed beside it. The ridge penalty is chosen on
+    held-out training labels, for each kind of features by itself.
 
     Example: unveil probe --run runs/digits/diffmae --data digits:train --test-data digits:test --labels-per-class 10
     """
@@ -48,7 +48,8 @@ class Probe:
     pool: Pool | None = None
     """mean of the patch tokens, or of the class tokens. Default: what the recipe trains: class for UMD's family, else mean."""
     time: float = 0.0
-    """Put noise of this time on the pictures first; models that only ever saw noise (DiT, MaskDiT) want some, as 51."""
+    """Put noise of this time on the pictures first, but not for raw pixels. UMD's authors probe models that only ever saw
+    noise (DiT, MaskDiT) at 51."""
     k: int | None = None
     """Neighbours that vote, for knn. Default 20."""
     baselines: bool = True
@@ -115,12 +116,7 @@ def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options:
 
 
 def _labelled(data: str, clip: Clip) -> Samples:
-    source = open_source(data, clip.channels, clip.frames, clip.height, clip.width)
-    if source.classes is None:
-        raise ValueError(
-            f"{data} has no labels: sort the pictures into a folder for each class, or give a label column."
-        )
-    return Samples(source, clip, seed=0, training=None)
+    return Samples(source_for(data, clip, labelled=True), clip, seed=0, training=None)
 
 
 def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
