@@ -112,21 +112,27 @@ def epochs_of(recipe: Recipe, options: Options) -> int:
     return max(1, round(budget / masked_step(recipe).forward))
 
 
-def speeds(options: Options, rounds: int = 7) -> dict[str, Any]:
-    """Pictures per second of every method's training step, one step of each in turn, medians; uncompiled."""
-    steps = {}
+SPEEDS = {"32": 64, "64": 16}  # pixels, and the batch of a step
+
+
+def speeds(options: Options, height: str, rounds: int = 7) -> dict[str, Any]:
+    """Pictures per second of every method's training step, one step of each in turn, medians; uncompiled.
+
+    At 32 pixels of the size that is trained here, at 64 of the paper's S/4.
+    """
+    steps, batch = {}, SPEEDS[height]
     for name in ARMS:
-        recipe = recipe_of(name, options)
+        recipe = recipes.RECIPES[name](options.size if height == "32" else "S/4", height=int(height))
         torch.manual_seed(options.seed)
         model = MaskedDiffusionAutoencoder(recipe)
         objective, optimizer = Objective(model), optimizer_for(model, recipe.training)
         steps[name] = (recipe, objective, optimizer)
-    clips = torch.rand(64, 3, 1, 32, 32)
+    clips = torch.rand(batch, 3, 1, int(height), int(height))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 2):
         for name, (recipe, objective, optimizer) in steps.items():
             begin = time.perf_counter()
-            loss, _ = objective(clips, draw(recipe, objective.model.schedule, options.seed, i, range(64)))
+            loss, _ = objective(clips, draw(recipe, objective.model.schedule, options.seed, i, range(batch)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,7 +142,7 @@ def speeds(options: Options, rounds: int = 7) -> dict[str, Any]:
         name: {
             "multiply_adds": masked_step(recipe).forward,
             "multiply_adds_of_each_branch": [branch_cost(recipe, branch).forward for branch in recipe.branches],
-            "images_per_second": 64 / statistics.median(times[name]),
+            "images_per_second": batch / statistics.median(times[name]),
         }
         for name, (recipe, _, _) in steps.items()
     }
@@ -263,10 +269,13 @@ def table(values: dict[str, Any]) -> str:
                 f"| {name} | | | | | " + " | ".join(scores_of(scores)) + " | |" for name, scores in floors.items()
             ]
         lines.append("")
-    if "speeds" in values:
-        lines += ["| method | multiply-adds | ratio to DiT's | images/s | ratio to DiT's |", "|---|---|---|---|---|"]
-        dit = values["speeds"]["dit_umd"]
-        for name, speed in values["speeds"].items():
+    for height, table_of in values.get("speeds", {}).items():
+        lines += [
+            f"| at {height} px | multiply-adds | ratio to DiT's | images/s | DiT's time is so many times as long |"
+        ]
+        lines += ["|---|---|---|---|---|"]
+        dit = table_of["dit_umd"]
+        for name, speed in table_of.items():
             work, rate = speed["multiply_adds"], speed["images_per_second"]
             ratios = work / dit["multiply_adds"], rate / dit["images_per_second"]
             lines.append(f"| `{name}` | {work / 1e6:.1f} M | {ratios[0]:.2f} | {rate:.0f} | {ratios[1]:.2f} |")
@@ -352,7 +361,8 @@ def main(options: Options) -> None:
     if options.arms:
         results.part("probe floor", make=lambda: floor_of_probes(options.out / options.arms[0], options))
     if options.speeds:
-        results.part("speeds", make=lambda: speeds(options))
+        for height in SPEEDS:
+            results.part("speeds", height, make=lambda: speeds(options, height))  # noqa: B023
     print(table(results.read()))
 
 

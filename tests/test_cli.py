@@ -313,6 +313,16 @@ def test_info_says_what_a_model_is(tmp_path: Path, unveil: Unveil, name: str, de
     assert re.search(rf"^classes +{told}$", outcome.err, re.M)
 
 
+def test_info_tells_an_unfinished_run(tmp_path: Path, unveil: Unveil) -> None:
+    for steps, told in (
+        (60, "1 of 60 steps, not finished, 1 images"),
+        (1, "1 steps, 1 images"),
+        (None, "1 steps, 1 images"),
+    ):
+        run = save(tmp_path / f"{steps}", "mae", dataclasses.replace(ABOUT, num_steps=steps), **DIGITS)
+        assert re.search(rf"^trained for +{told}$", unveil("info --run", run).out, re.M)
+
+
 def test_info_counts_what_is_there_and_says_what_is_missing(digits: Path, unveil: Unveil) -> None:
     result = json.loads(unveil("info --json --run", digits).out)
     model = build(small(size="Nano/2", channels=1, height=8))
@@ -699,6 +709,8 @@ def test_an_interrupted_run_says_so(tmp_path: Path, unveil: Unveil, monkeypatch:
     monkeypatch.setattr(train_module, "draw", draw)
     outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")
     assert (outcome.code, json.loads(outcome.out)["resumed"]) == (0, True)
+    step = json.loads(outcome.out)["step"] - json.loads(outcome.out)["steps_now"]
+    assert f"Went on from step {step}.\n" in outcome.err
 
 
 @pytest.mark.parametrize("text, size", [("224", (224, 224)), ("64x48", (64, 48)), ("8X16", (8, 16))])

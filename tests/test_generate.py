@@ -394,7 +394,7 @@ def test_a_sheet_of_many_classes_names_them_under_each_row() -> None:
 
 def test_a_sheet_without_classes_numbers_its_samples() -> None:
     rows = grid_rows([flat(i) for i in range(12)], None, (), 64, 10)
-    assert [caption for caption, _ in rows] == ["64 to 73", "74 to 75"]
+    assert [caption for caption, _ in rows] == ["samples 64 to 73", "samples 74 to 75"]
 
 
 def test_a_sheet_is_limited(tmp_path: Path, unconditional: Path) -> None:

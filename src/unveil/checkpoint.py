@@ -25,7 +25,7 @@ class About:
     """What a weights file says of itself beside its recipe.
 
     ema_decay: of the running average that the weights are; None for weights as trained. data: what it was trained on, as
-    given by the user. classes: their names, of a model with classes.
+    given by the user. classes: their names, of a model with classes. num_steps: how many the run is to have; None if not known.
     """
 
     step: int
@@ -34,7 +34,16 @@ class About:
     data: str
     command: str
     classes: tuple[str, ...] = ()
+    num_steps: int | None = None
     version: str = __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRun:
+    """Options of a command that starts from a model."""
+
+    run: Path
+    """A run directory or a weights file."""
 
 
 def write_atomically(path: Path, write: Any) -> None:

@@ -42,6 +42,9 @@ Pre-train on unlabelled pictures, probe the model's features, repaint with it, t
 --json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
 
+FEW_STEPS = 1000  # digits are legible after some 1,300
+
+
 def say(text: str) -> None:
     """For people, while a command works or when it fails."""
     print(text, file=sys.stderr)
@@ -96,22 +99,19 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
     state = "Finished" if result["steps_now"] else "Finished before, so nothing was done"
     if not result["finished"]:
         state = "Interrupted and saved; the same command goes on from here"
+    if result["resumed"] and result["steps_now"]:
+        yield f"Went on from step {result['step'] - result['steps_now']}."
     yield f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen{loss}."
     if result["skipped"]:
         yield f"Files that could not be used: {result['skipped']}."
     for note, count in result["converted"].items():
-        yield f"Converted pictures: {count} ({note})."
+        yield f"Converted pictures, of those that were read: {count} ({note})."
     if result["skipped"] or result["converted"]:
         yield f"They are listed in {result['out']}/problems.jsonl."
+    if result["finished"] and result["num_steps"] < FEW_STEPS:
+        little = "noisy samples" if "start" in result else "little but colours"
+        yield f"{result['num_steps']} steps are few: expect {little}. Give more --epochs, or a smaller --batch-size."
     yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
-
-
-def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
-    outcome, *where = _tell_training(result)
-    yield outcome
-    if result["finished"] and result["num_steps"] < 500:
-        yield f"{result['num_steps']} steps are few: expect little but colours. Give more --epochs, or a smaller --batch-size."
-    yield from where
 
 
 def _tell_finetune_generator(result: dict[str, Any]) -> Iterator[str]:
@@ -141,6 +141,8 @@ def _tell_generate(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    yield f"Features: the mean of the {'class tokens' if result['pool'] == 'class' else 'patches'}{noise}."
     labels = "all" if result["labels_per_class"] is None else f"{result['labels_per_class']} of each class"
     classes = result["num_classes"]
     yield (
@@ -196,6 +198,7 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     total = sum(result["parameters"].values())
     parts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     missing = result["missing_tensors"]
+    steps = "steps" if about["num_steps"] in (None, about["step"]) else f"of {about['num_steps']:,} steps, not finished"
     lines = {
         "file": result["file"],
         "recipe": f"{recipe['name']} {recipe['size']}",
@@ -209,13 +212,13 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "parameters": f"{total:,} ({parts})",
         "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for one masked clip, forward",
         "trained on": about["data"],
-        "trained for": f"{about['step']:,} steps, {about['images_seen']:,} images",
+        "trained for": f"{about['step']:,} {steps}, {about['images_seen']:,} images",
         "weights": "as trained"
         if about["ema_decay"] is None
         else f"running average (EMA) of decay {about['ema_decay']:g}",
         "command": about["command"],
         "version": about["version"],
-        "complete": "yes" if not missing else f"no, {len(missing)} tensors are missing, the first is {missing[0]!r}",
+        "tensors": "all there" if not missing else f"{len(missing)} are missing, the first is {missing[0]!r}",
     }
     for name, value in lines.items():
         yield f"{name:<15}{value}"
@@ -233,7 +236,7 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
 
 
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
-    Pretrain: (_training(pretrain), _tell_pretrain),
+    Pretrain: (_training(pretrain), _tell_training),
     FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),

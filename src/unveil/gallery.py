@@ -103,7 +103,7 @@ def grid_rows(
         return rows
     for i in range(0, len(pictures), line):
         some = list(pictures[i : i + line])
-        caption = f"{first + i} to {first + i + len(some) - 1}"
+        caption = f"samples {first + i} to {first + i + len(some) - 1}"
         if labels is not None:
             caption = ", ".join(class_name(label, names)[:16] for label in labels[i : i + line])
         rows.append((caption, some))

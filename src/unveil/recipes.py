@@ -387,7 +387,7 @@ def generator(recipe: Recipe, num_classes: int) -> Recipe:
     told = recipe.condition
     if told.time not in ("token", "adaln"):
         raise ValueError(
-            f"{recipe.name} tells its encoder no time (time={told.time!r}), so it cannot become a generator. "
+            f"{recipe.name} cannot become a generator: its encoder was never told how much noise there is. "
             "Pre-train umd, umd_flow, dit, maskdit, or one of dit_umd, maskdit_umd, mae_umd."
         )
     if num_classes < 1:

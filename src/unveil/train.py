@@ -155,6 +155,7 @@ class Trainer:
             data=run.data,
             classes=run.classes,
             command=run.command,
+            num_steps=self.num_steps,
         )
         decays = self.recipe.training.ema_decays
         save_weights(out / (LAST if decays else WEIGHTS), self.recipe, self.model.state_dict(), about)

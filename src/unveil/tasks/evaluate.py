@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unveil.checkpoint import load_model, pick_device
+from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.data import Samples, batches, source_for
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
@@ -16,14 +15,12 @@ from unveil.pipeline import Sampler, named_holes, predict, repaint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(FromRun):
     """Score repainting on held-out pictures, inside the hole: the one-step prediction, several samples, their mean.
 
     Example: unveil evaluate --run runs/digits/diffmae --data digits:test --mask random:0.75
     """
 
-    run: Path
-    """A run directory or a weights file."""
     data: str
     """Held-out pictures, as for pretrain."""
     mask: str = "random:0.75"

@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unveil.checkpoint import load_model
+from unveil.checkpoint import FromRun, load_model
 from unveil.data import source_for
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.planning import TrainingOptions, planned, prepare
@@ -21,7 +20,7 @@ LABEL_TABLE = "condition.label_embed.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneGenerator(TrainingOptions):
+class FinetuneGenerator(TrainingOptions, FromRun):
     """Train a pre-trained model on labelled pictures until it generates them by class: UMD's published fine-tuning.
 
     For umd, umd_flow, dit, maskdit, and dit_umd, maskdit_umd, mae_umd. All weights are trained on. The image size, the
@@ -29,9 +28,6 @@ class FinetuneGenerator(TrainingOptions):
 
     Example: unveil finetune-generator --run runs/photos --data photos/ --out runs/photos-by-class
     """
-
-    run: Path
-    """The pre-trained model: a run directory or a weights file."""
 
     clean_share: float | None = None
     """Share of the clips that is clean and three quarters hidden, as in pre-training; 0 for none. Default: 0.05 for a

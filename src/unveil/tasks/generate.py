@@ -4,14 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unveil import gallery, pipeline
-from unveil.checkpoint import load_model
+from unveil.checkpoint import FromRun, load_model
 from unveil.config import nearest
 from unveil.model import Guidance, MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler
@@ -23,7 +22,7 @@ MAX_SAMPLES, MAX_FIRST, MAX_SCALE = 10**7, 10**12, 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(gallery.Files):
+class Generate(gallery.Files, FromRun):
     """Make pictures or clips from noise, of any class or without.
 
     Picture i depends on the seed and on i alone, whatever the batch size and the number of processes: under `torchrun` each
@@ -33,8 +32,6 @@ class Generate(gallery.Files):
     Example: unveil generate --run runs/photos-by-class --out made --classes cat,dog --num-steps 100 --guidance-scale 1.5
     """
 
-    run: Path
-    """A run directory or a weights file."""
     classes: str | None = None
     """Names, or numbers from 0 on, separated by commas, as in 3,cat: the pictures take turns. `all` is every class, the
     default of a model with classes; `none` is no class. What could be several of these is a name."""
@@ -279,8 +276,8 @@ def generate(options: Generate, on_progress: Callable[[int, int], None] | None =
     Returns:
         "out"; "num_samples", "first", "seed"; "classes", how many of each, or None; "sampler", "eta", "steps",
         "network_evaluations" for one sample, "guidance"; "files": how many samples have one, and where the others lie;
-        "notices", sentences;
-        "processes", "seconds" and "samples_per_second". In a process other than the first of several, "rank" alone.
+        "notices", sentences; "processes", "seconds" and "samples_per_second". In a process other than the first of several,
+        "rank" alone.
 
     Raises:
         ValueError: the model cannot do it, an option is out of its range, or the directory is not empty. All of it is found

@@ -1,26 +1,22 @@
 """What a weights file holds."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from unveil.checkpoint import find_weights, read_header
+from unveil.checkpoint import FromRun, find_weights, read_header
 from unveil.cost import masked_step
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class Info(FromRun):
     """Print what a run or a weights file holds: recipe, target, normalisation, data, step, and what it can do.
 
     Example: unveil info --run runs/digits/diffmae
     """
-
-    run: Path
-    """A run directory or a weights file."""
 
 
 def info(options: Info) -> dict[str, Any]:

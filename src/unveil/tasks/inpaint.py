@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unveil.checkpoint import load_model, pick_device
+from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.data import BadPicture, Source, check_pixels, open_source
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes, predict, repaint
@@ -19,7 +19,7 @@ from unveil.report import contact_sheet, save_clip, save_png
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inpaint:
+class Inpaint(FromRun):
     """Repaint parts of pictures by conditional diffusion. Pixels outside the mask are kept exactly as they are.
 
     A picture of another size than the model's is shrunk or enlarged to the model's for painting, and only the repainted
@@ -28,8 +28,6 @@ class Inpaint:
     Example: unveil inpaint --run runs/photos --images holiday.jpg --mask hole.png --out painted
     """
 
-    run: Path
-    """A run directory or a weights file."""
     images: str
     """A picture, a folder of pictures, a parquet file, or `digits:test`."""
     out: Path

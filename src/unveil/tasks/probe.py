@@ -3,14 +3,13 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import load_model, pick_device
+from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
@@ -24,7 +23,7 @@ FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class Probe(FromRun):
     """Measure the frozen encoder on labelled data: a linear probe (closed-form ridge) and k nearest neighbours.
 
     The same probes on raw pixels and on the untrained encoder are printed beside it. The ridge penalty is chosen on
@@ -33,8 +32,6 @@ class Probe:
     Example: unveil probe --run runs/digits/diffmae --data digits:train --test-data digits:test --labels-per-class 10
     """
 
-    run: Path
-    """A run directory or a weights file."""
     data: str
     """Labelled training data: class folders, a parquet file with a label column, or `digits:train`."""
     test_data: str | None = None
