@@ -25,7 +25,7 @@ from unveil.rundir import Run
 from unveil.tasks import finetune_generator as task
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, modules_of, with_clean_share
 from unveil.tasks.generate import Generate, generate
-from unveil.train import Trainer
+from unveil.train import Pretraining, Trainer
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -115,12 +115,14 @@ def test_before_the_first_step_the_weights_are_the_pretrained_ones(
     arguments, fresh, dropped = CASES[name]
     run = save(tmp_path / "run", name, **arguments)
     recipe = begun(run, at_the_start, seed=3)
-    trainer = Trainer(recipe, at_the_start["samples"], at_the_start["run"], at_the_start["initial"])
+    started = at_the_start
+    job = Pretraining(recipe, started["samples"], started["run"], started["initial"])
+    trainer = Trainer(job, started["samples"], started["run"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         drawn = MaskedDiffusionAutoencoder(recipe).state_dict()
     old = load_model(run)[0].state_dict()
-    for state in (trainer.model.state_dict(), trainer.best.state_dict()):  # the running average starts there too
+    for state in (trainer.model.state_dict(), trainer.in_use.state_dict()):  # the running average starts there too
         for name, value in state.items():
             is_fresh = any(name == f or name.startswith(f + ".") for f in fresh)
             assert value.equal(drawn[name] if is_fresh else old[name]), name

@@ -40,7 +40,7 @@ from unveil.recipe import Recipe, to_dict
 from unveil.report import CAPTION, MARGIN
 from unveil.rundir import Run, lock
 from unveil.sheet import what_it_sees
-from unveil.train import Trainer, train
+from unveil.train import Pretraining, Trainer, train
 
 # Learning
 
@@ -638,11 +638,11 @@ def test_a_run_starts_from_given_weights(tmp_path: Path, pictures: Path) -> None
     recipe = photo_recipe("umd", ema_decays=(0.5, 0.3))
     samples = Samples(open_source(str(pictures), 3), recipe.clip, 0, recipe.training)
     run = Run(data=str(pictures), out=tmp_path / "run")
-    drawn = Trainer(recipe, samples, run).model.state_dict()
+    drawn = Trainer(Pretraining(recipe, samples, run), samples, run).model.state_dict()
     given = {name: torch.full_like(value, 0.01) for name, value in drawn.items() if name.startswith("encoder.blocks.1")}
     assert given
-    trainer = Trainer(recipe, samples, run, given)
-    for model in (trainer.model, trainer.best, *(average.module for average in trainer.averages)):
+    trainer = Trainer(Pretraining(recipe, samples, run, given), samples, run)
+    for model in (trainer.model, trainer.in_use, *(average.module for average in trainer.averages)):
         for name, value in model.state_dict().items():  # type: ignore[union-attr]
             assert torch.equal(value, given.get(name, drawn[name])), name
     assert all((value == 0.01).all() for value in given.values())  # and they stay the caller's

@@ -17,7 +17,7 @@ from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe, recipe_from_dict, to_dict
 
 FORMAT = "unveil-2"
-WEIGHTS, LAST = "model.safetensors", "last.safetensors"
+WEIGHTS, LAST, BEST = "model.safetensors", "last.safetensors", "best.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,14 @@ class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     problems: list[Skipped]
     notes: list[tuple[int, str]]
 
+    def pieces(self, number: int) -> "list[Batch]":
+        """The readable samples in so many parts of about equal size, or one for each sample if there are fewer."""
+        if self.clips is None:
+            return []
+        number = min(number, len(self.clips))
+        parts = zip(self.indices.chunk(number), self.clips.chunk(number), self.labels.chunk(number), strict=True)
+        return [Batch(indices, clips, labels, [], []) for indices, clips, labels in parts]
+
 
 def check_pixels(data: str, clip: Clip) -> None:
     """Refuse pictures for a model of latents.

@@ -29,6 +29,7 @@ class Encoder(nn.Module):
         time: how the condition enters: "none", "add", "token" or "adaln".
         final_norm: whether the last block's output is normalised here; otherwise whoever reads it does.
         label_tokens_from: the block that tokens of the class join at, counted from 1.
+        drop_path: of the last block; it grows evenly from 0 in the first.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Encoder(nn.Module):
         time: str = "none",
         final_norm: bool = True,
         label_tokens_from: int = 1,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.time, self.num_class_tokens, self.label_tokens_from = time, num_class_tokens, label_tokens_from
@@ -58,7 +60,16 @@ class Encoder(nn.Module):
         self.positions = PositionTable(positions, embed_dim, num_heads, grid)
         cond_dim = embed_dim if time == "adaln" else None
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, norm=norm, mlp=mlp, qk_norm=qk_norm, cond_dim=cond_dim) for _ in range(depth)
+            Block(
+                embed_dim,
+                num_heads,
+                norm=norm,
+                mlp=mlp,
+                qk_norm=qk_norm,
+                cond_dim=cond_dim,
+                drop_path=drop_path * i / max(1, depth - 1),
+            )
+            for i in range(depth)
         )
         self.norm = norm_layer(norm, embed_dim) if final_norm else None
 

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from unveil.tokens import Grid, rotary_angles, sincos_positions
 
@@ -130,6 +131,8 @@ class Block(nn.Module):
 
     With cond_dim it is adaLN-zero: both residual branches are shifted, scaled and gated by the condition, and the block is
     the identity at first.      Peebles & Xie 2023, arXiv 2212.09748, section 3.2
+
+    drop_path: probability that a row skips a branch in training, drawn from torch's global generator.
     """
 
     def __init__(
@@ -141,23 +144,25 @@ class Block(nn.Module):
         mlp: str = "gelu",
         qk_norm: bool = False,
         cond_dim: int | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(norm, embed_dim)
         self.attn = Attention(embed_dim, num_heads, qk_norm)
         self.norm2 = norm_layer(norm, embed_dim)
         self.mlp = Mlp(embed_dim, mlp)
+        self.drop = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
         self.apply(init_weights)
         self.modulation = zero_linear(cond_dim, 6 * embed_dim) if cond_dim else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """x (B, L, D); cond (B, cond_dim) if it was built for one."""
         if self.modulation is None:
-            x = x + self.attn(self.norm1(x), rotation)
-            return x + self.mlp(self.norm2(x))
+            x = x + self.drop(self.attn(self.norm1(x), rotation))
+            return x + self.drop(self.mlp(self.norm2(x)))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + self.drop(gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation))
+        return x + self.drop(gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class CrossBlock(nn.Module):

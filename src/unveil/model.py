@@ -19,37 +19,33 @@ Guidance = Callable[[float], float]
 Predictions = dict[str, dict[str, Tensor]]
 
 
-class MaskedDiffusionAutoencoder(nn.Module):
-    """What a `Recipe` describes. Clips are (B, C, T, H, W), in [0, 1] if they are bounded; tokens are normalised.
+class Backbone(nn.Module):
+    """The part of a model that sees a clip: its normalisation, what tells it time and class, and the encoder.
+
+    Clips are (B, C, T, H, W), in [0, 1] if they are bounded; tokens are normalised.
 
     Attributes:
         recipe: the whole config.
         schedule: of the noise; None for a model without noise.
-        low, high: the range of each value of a token, (P,): the normalised 0 and 1; of unbounded clips, infinite.
     """
 
     mean: Tensor
     std: Tensor
-    low: Tensor
-    high: Tensor
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, final_norm: bool, told: bool, drop_path: float = 0.0) -> None:
+        """final_norm: whether the encoder ends with one; told: whether anything here is told time and class."""
         super().__init__()
         self.recipe = recipe
-        clip, e, d, net, told = recipe.clip, recipe.encoder, recipe.decoder, recipe.network, recipe.condition
+        clip, e, d, net, condition = recipe.clip, recipe.encoder, recipe.decoder, recipe.network, recipe.condition
         self.schedule = make_schedule(recipe.schedule.kind, recipe.schedule.rho) if recipe.schedule else None
-        blocks = {"norm": net.norm, "mlp": net.mlp, "qk_norm": net.qk_norm, "positions": net.positions}
-        cond_dim = 0
         self.condition = None
-        if told.time != "none":
-            assert recipe.time_in_encoder or d is not None
-            cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
+        if told:
             self.condition = Condition(
-                cond_dim,
-                wide=told.trunk == "wide",
-                num_classes=told.num_classes,
-                num_label_tokens=told.label_tokens,
-                activate=told.time == "adaln",
+                e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim,
+                wide=condition.trunk == "wide",
+                num_classes=condition.num_classes,
+                num_label_tokens=condition.label_tokens,
+                activate=condition.time == "adaln",
             )
         self.encoder = Encoder(
             grid=clip.grid,
@@ -59,58 +55,18 @@ class MaskedDiffusionAutoencoder(nn.Module):
             num_heads=e.num_heads,
             num_class_tokens=e.num_class_tokens,
             class_token_init=e.class_token_init,
-            time=told.time if recipe.time_in_encoder else "none",
-            final_norm=d is not None,
-            label_tokens_from=told.label_tokens_from,
-            **blocks,
-        )
-        self.taps = d.taps if d else (e.depth,)
-        self.decoder = None
-        if d is not None:
-            self.decoder = Decoder(
-                kind=d.kind,
-                grid=clip.grid,
-                token_dim=clip.token_dim,
-                memory_dim=e.embed_dim,
-                embed_dim=d.embed_dim,
-                depth=d.depth,
-                num_heads=d.num_heads,
-                num_taps=len(d.taps),
-                noisy=recipe.noise_on == "hidden",
-                masked=any(branch.noise_on != "hidden" for branch in recipe.branches),
-                num_class_tokens=e.num_class_tokens,
-                summary=d.summary,
-                time=told.time,
-                cond_dim=cond_dim,
-                **blocks,
-            )
-        self.head = Head(
-            d.embed_dim if d else e.embed_dim,
-            clip.token_dim,
-            recipe.heads,
             norm=net.norm,
-            init=net.head_init,
-            cond_dim=cond_dim if told.time == "adaln" else None,
+            mlp=net.mlp,
+            qk_norm=net.qk_norm,
+            positions=net.positions,
+            time=condition.time if recipe.time_in_encoder else "none",
+            final_norm=final_norm,
+            label_tokens_from=condition.label_tokens_from,
+            drop_path=drop_path,
         )
         mean, std = torch.tensor(clip.mean), torch.tensor(clip.std)
         self.register_buffer("mean", mean.reshape(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.reshape(-1, 1, 1, 1), persistent=False)
-        repeats = clip.token_dim // clip.channels  # the channel is the fastest index inside a token
-        low, high = (0.0, 1.0) if clip.bounded else (-torch.inf, torch.inf)
-        self.register_buffer("low", ((low - mean) / std).repeat(repeats), persistent=False)
-        self.register_buffer("high", ((high - mean) / std).repeat(repeats), persistent=False)
-
-    @property
-    def can(self) -> frozenset[str]:
-        """What this model was trained for: "represent", and perhaps "repaint" or "generate"."""
-        recipe = self.recipe
-        noisy = recipe.branch_on("hidden")
-        abilities = {"represent"}
-        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio == 1):
-            abilities.add("generate")
-        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio < 1) or recipe.reconstructs:
-            abilities.add("repaint")
-        return frozenset(abilities)
 
     def tokens(self, clip: Tensor) -> Tensor:
         """Normalise and patchify: (B, C, T, H, W) to (B, N, P)."""
@@ -122,16 +78,6 @@ class MaskedDiffusionAutoencoder(nn.Module):
                 "Resize or convert it first, or build the model for that size."
             )
         return patchify((clip - self.mean) / self.std, sizes.patch_size, sizes.tubelet_size)
-
-    def pixels(self, tokens: Tensor) -> Tensor:
-        """The inverse of `tokens`; not clamped."""
-        sizes = self.recipe.clip
-        return unpatchify(tokens, sizes.grid, sizes.patch_size, sizes.tubelet_size) * self.std + self.mean
-
-    def clips(self, tokens: Tensor) -> Tensor:
-        """Predicted tokens (B, N, P) as clips, cut to [0, 1] if these are bounded."""
-        pixels = self.pixels(tokens)
-        return pixels.clamp(0, 1) if self.recipe.clip.bounded else pixels
 
     def _told(self, t: Tensor | None, labels: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The condition (B, D), and the class as tokens; None where there is none. t = None is clean."""
@@ -171,6 +117,86 @@ class MaskedDiffusionAutoencoder(nn.Module):
             x = add_noise(x, noise, *self.schedule.rates(t))
         everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         (encoded,), _ = self._encode(x, everything, (self.recipe.encoder.depth,), t, None)
+        return encoded
+
+
+class MaskedDiffusionAutoencoder(Backbone):
+    """What a `Recipe` describes.
+
+    Attributes:
+        low, high: the range of each value of a token, (P,): the normalised 0 and 1; of unbounded clips, infinite.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, final_norm=recipe.decoder is not None, told=recipe.condition.time != "none")
+        clip, e, d, net, told = recipe.clip, recipe.encoder, recipe.decoder, recipe.network, recipe.condition
+        cond_dim = 0
+        if told.time != "none":
+            cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
+        self.taps = d.taps if d else (e.depth,)
+        self.decoder = None
+        if d is not None:
+            self.decoder = Decoder(
+                kind=d.kind,
+                grid=clip.grid,
+                token_dim=clip.token_dim,
+                memory_dim=e.embed_dim,
+                embed_dim=d.embed_dim,
+                depth=d.depth,
+                num_heads=d.num_heads,
+                num_taps=len(d.taps),
+                noisy=recipe.noise_on == "hidden",
+                masked=any(branch.noise_on != "hidden" for branch in recipe.branches),
+                num_class_tokens=e.num_class_tokens,
+                summary=d.summary,
+                norm=net.norm,
+                mlp=net.mlp,
+                qk_norm=net.qk_norm,
+                positions=net.positions,
+                time=told.time,
+                cond_dim=cond_dim,
+            )
+        self.head = Head(
+            d.embed_dim if d else e.embed_dim,
+            clip.token_dim,
+            recipe.heads,
+            norm=net.norm,
+            init=net.head_init,
+            cond_dim=cond_dim if told.time == "adaln" else None,
+        )
+        repeats = clip.token_dim // clip.channels  # the channel is the fastest index inside a token
+        low, high = (0.0, 1.0) if clip.bounded else (-torch.inf, torch.inf)
+        mean, std = self.mean.flatten(), self.std.flatten()
+        self.register_buffer("low", ((low - mean) / std).repeat(repeats), persistent=False)
+        self.register_buffer("high", ((high - mean) / std).repeat(repeats), persistent=False)
+
+    @property
+    def can(self) -> frozenset[str]:
+        """What this model was trained for: "represent", and perhaps "repaint" or "generate"."""
+        recipe = self.recipe
+        noisy = recipe.branch_on("hidden")
+        abilities = {"represent"}
+        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio == 1):
+            abilities.add("generate")
+        if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio < 1) or recipe.reconstructs:
+            abilities.add("repaint")
+        return frozenset(abilities)
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`; not clamped."""
+        sizes = self.recipe.clip
+        return unpatchify(tokens, sizes.grid, sizes.patch_size, sizes.tubelet_size) * self.std + self.mean
+
+    def clips(self, tokens: Tensor) -> Tensor:
+        """Predicted tokens (B, N, P) as clips, cut to [0, 1] if these are bounded."""
+        pixels = self.pixels(tokens)
+        return pixels.clamp(0, 1) if self.recipe.clip.bounded else pixels
+
+    def encode(self, clip: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        encoded = super().encode(clip, t, noise)
         return encoded if self.decoder is not None else self.head.norm(encoded)
 
     def prepare(self, x_enc: Tensor, visible: Tensor) -> Context:

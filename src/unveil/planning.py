@@ -44,6 +44,10 @@ class TrainingOptions:
     ema-DECAY.safetensors beside it, the weights as trained as last.safetensors. Default: the recipe's; 0.999 for Nano and
     Micro."""
 
+    accumulate: int = 1
+    """Pieces that a batch is computed in, one after another, when it does not fit into memory. The result is the same but
+    for the last digits, and for MixUp and CutMix, which blend within a piece."""
+
     seed: int = 0
     """Fixes the initial weights, the order, and every draw."""
     workers: int | None = None
@@ -85,6 +89,11 @@ def prepare(
         raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
     if not options.save_minutes >= 0:
         raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
+    batch_size = min(recipe.training.batch_size, len(source))
+    if not 1 <= options.accumulate <= batch_size:
+        raise ValueError(
+            f"--accumulate {options.accumulate}: a batch of {batch_size} clips can be computed in 1 to {batch_size} pieces."
+        )
     fits = decoded_bytes(source) < CACHE_LIMIT
     workers = options.workers
     if workers is None:
@@ -104,6 +113,7 @@ def prepare(
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         classes=classes,
         start=start,
+        accumulate=options.accumulate,
     )
     samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
     return recipe, samples, run

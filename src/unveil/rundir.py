@@ -32,6 +32,7 @@ class Run:
     save_minutes: time between saves; one more is made at the end and when the run is interrupted.
     classes: the names of the classes, for a recipe that has them.
     start: the weights that it starts from, as given by the user; None for drawn ones.
+    accumulate: pieces that a batch is computed in, one after another; the same gradient but for the last digits.
     """
 
     data: str
@@ -45,6 +46,7 @@ class Run:
     command: str = ""
     classes: tuple[str, ...] = ()
     start: str | None = None
+    accumulate: int = 1
 
 
 def _step_of(line: str) -> float:
@@ -176,7 +178,7 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
 
 
 def last_loss(out: Path) -> float | None:
-    """The loss of the last record of a run; None before the first."""
+    """The loss of the last record of a run that has one, as those of an evaluation have not; None before the first."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1])["loss"] if lines else None
+    return next((record["loss"] for line in reversed(lines) if "loss" in (record := json.loads(line))), None)

@@ -5,15 +5,19 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from unveil import __version__
-from unveil.checkpoint import LAST, WEIGHTS, About, save_weights, write_atomically
+from unveil.checkpoint import BEST, LAST, WEIGHTS, About, save_weights, write_atomically
+from unveil.config import Training
 from unveil.data import Batch, Order, Samples, batches
 from unveil.losses import Draws, Objective, draw
 from unveil.masking import draw_mask
@@ -38,22 +42,113 @@ class Progress:
     images_per_second: float
 
 
-class Trainer:
-    """State of a run between steps: everything that a resumed run needs to go on exactly as it would have."""
+class Job(Protocol):
+    """What a `Trainer` trains: a model and its optimiser, what a step computes, and what is written."""
+
+    training: Training
+    model: nn.Module
+    objective: nn.Module
+    """forward(clips, draws) -> loss, logs."""
+    optimizer: torch.optim.Optimizer
+
+    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Any]:
+        """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order."""
+        ...
+
+    def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
+        """The learning rate of a step, which each of the optimiser's groups scales by its "lr_scale"."""
+        ...
+
+    def randomness(self, step: int, piece: int) -> AbstractContextManager[Any]:
+        """Around a piece of a step, for what draws from torch's global generator inside the model."""
+        ...
+
+    def save(self, path: Path, weights: dict[str, Tensor], about: About) -> None: ...
+
+    def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
+        """What the model sees in some clips, for people."""
+        ...
+
+    def evaluate(self, model: nn.Module, epoch: int) -> dict[str, float] | None:
+        """After each epoch: numbers of the model in use, "score" among them, which is the better the higher; or None."""
+        ...
+
+
+class Pretraining:
+    """The job of a recipe: its branches and their losses.
+
+    Args:
+        initial: tensors to start from in place of the drawn ones, by name; not all need be given.
+    """
 
     def __init__(self, recipe: Recipe, samples: Samples, run: Run, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.recipe, self.samples, self.run = recipe, samples, run
-        training = recipe.training
-        self._check_branches(min(training.batch_size, len(samples)))
+        self.recipe, self.seed, self.training = recipe, run.seed, recipe.training
+        self._check_branches(min(recipe.training.batch_size, len(samples)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.model = MaskedDiffusionAutoencoder(recipe)
         if initial is not None:
             self.model.load_state_dict({**self.model.state_dict(), **initial})
         self.model.to(run.device)
-        self.averages = nn.ModuleList(running_average(self.model, decay) for decay in training.ema_decays)
         self.objective = Objective(self.model)
-        self.optimizer = optimizer_for(self.model, training)
+        self.optimizer = optimizer_for(self.model, recipe.training)
+
+    def _check_branches(self, batch_size: int) -> None:
+        """Refuse a mask that rounds to nothing or everything, and a batch too small to give every branch a clip."""
+        for branch in self.recipe.branches:
+            clip = self.recipe.clip
+            mask = draw_mask(branch.masking, [torch.Generator()], clip.grid, branch.mask_ratio)
+            hidden, total = mask.hidden.shape[1], clip.num_tokens
+            if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
+                raise ValueError(
+                    f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller "
+                    "patches."
+                )
+            if branch.share * batch_size < 1:
+                needed = math.ceil(1 / branch.share)
+                raise ValueError(
+                    f"A batch of {batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
+                    f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
+                )
+
+    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Draws]:
+        assert batch.clips is not None
+        drawn = draw(
+            self.recipe,
+            self.model.schedule,
+            self.seed,
+            epoch,
+            batch.indices.tolist(),
+            places=places,
+            labels=batch.labels,
+        )
+        return batch.clips, drawn
+
+    def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
+        return self.training.lr * lr_factor(step, num_steps, warmup_steps, self.training.lr_schedule)
+
+    def randomness(self, step: int, piece: int) -> AbstractContextManager[Any]:
+        return nullcontext()  # everything is drawn in `inputs`
+
+    def save(self, path: Path, weights: dict[str, Tensor], about: About) -> None:
+        save_weights(path, self.recipe, weights, about)
+
+    def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
+        assert isinstance(model, MaskedDiffusionAutoencoder)
+        return what_it_sees(model, clips)
+
+    def evaluate(self, model: nn.Module, epoch: int) -> None:
+        return None
+
+
+class Trainer:
+    """State of a run between steps: everything that a resumed run needs to go on exactly as it would have."""
+
+    def __init__(self, job: Job, samples: Samples, run: Run) -> None:
+        self.job, self.samples, self.run = job, samples, run
+        training = job.training
+        self.model, self.optimizer = job.model, job.optimizer
+        self.averages = nn.ModuleList(running_average(self.model, decay) for decay in training.ema_decays)
         self.loader = batches(
             samples,
             training.batch_size,
@@ -74,58 +169,53 @@ class Trainer:
         self.problems: dict[str, str] = {s.where: s.reason for s in samples.source.skipped}
         self.notes: dict[int, str] = {}
         self.sheet_clips: Tensor | None = None
-
-    def _check_branches(self, batch_size: int) -> None:
-        """Refuse a mask that rounds to nothing or everything, and a batch too small to give every branch a clip."""
-        for branch in self.recipe.branches:
-            clip = self.recipe.clip
-            mask = draw_mask(branch.masking, [torch.Generator()], clip.grid, branch.mask_ratio)
-            hidden, total = mask.hidden.shape[1], clip.num_tokens
-            if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
-                raise ValueError(
-                    f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller "
-                    "patches."
-                )
-            if branch.share * batch_size < 1:
-                needed = math.ceil(1 / branch.share)
-                raise ValueError(
-                    f"A batch of {batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
-                    f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
-                )
+        self.best: dict[str, float] | None = None
 
     @property
-    def best(self) -> MaskedDiffusionAutoencoder:
+    def in_use(self) -> nn.Module:
         """The weights for use: the first running average, or the model as trained if there is none."""
         model = self.averages[0].module if len(self.averages) else self.model
-        assert isinstance(model, MaskedDiffusionAutoencoder)
+        assert isinstance(model, nn.Module)
         return model
 
-    def draws(self, batch: Batch) -> Draws:
-        """What the current step draws for a batch."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Clips, and what the current step draws for them."""
         assert isinstance(self.order, Order)
-        epoch, indices = self.step // self.steps_per_epoch, batch.indices.tolist()
-        return draw(
-            self.recipe,
-            self.model.schedule,
-            self.run.seed,
-            epoch,
-            indices,
-            places=self.order.places(epoch)[batch.indices].tolist(),
-            labels=batch.labels,
-        )
+        epoch = self.step // self.steps_per_epoch
+        return self.job.inputs(batch, epoch, self.order.places(epoch)[batch.indices].tolist())
 
     def epochs(self) -> Iterator[Batch]:
         """Batches from the current step to the end, the order of each epoch fixed by the seed."""
         assert isinstance(self.order, Order)
-        for epoch in range(self.step // self.steps_per_epoch, self.recipe.training.epochs):
+        for epoch in range(self.step // self.steps_per_epoch, self.job.training.epochs):
             self.order.epoch = epoch
             self.order.first_batch = self.step - epoch * self.steps_per_epoch
             yield from self.loader
 
     def lr(self) -> float:
         """The learning rate of the current step."""
-        return self.recipe.training.lr * lr_factor(
-            self.step, self.num_steps, self.warmup_steps, self.recipe.training.lr_schedule
+        return self.job.lr_at(self.step, self.num_steps, self.warmup_steps)
+
+    def evaluate(self) -> dict[str, float] | None:
+        """The job's numbers after an epoch, now; the weights of the best epoch so far are kept beside the last ones."""
+        numbers = self.job.evaluate(self.in_use.eval(), self.step // self.steps_per_epoch)
+        self.model.train()
+        if numbers is not None and (self.best is None or numbers["score"] > self.best["score"]):
+            self.best = {**numbers, "step": self.step}
+            self.job.save(self.run.out / BEST, self.in_use.state_dict(), self.about(average=True))
+        return numbers
+
+    def about(self, average: bool) -> About:
+        """What a weights file of now says of itself; average: whether it holds the weights for use."""
+        decays = self.job.training.ema_decays
+        return About(
+            step=self.step,
+            images_seen=self.images_seen,
+            ema_decay=decays[0] if average and decays else None,
+            data=self.run.data,
+            classes=self.run.classes,
+            command=self.run.command,
+            num_steps=self.num_steps,
         )
 
     def save(self) -> None:
@@ -133,7 +223,7 @@ class Trainer:
 
         The first average is the file for use; the others, and the weights as trained, lie beside it.
         """
-        out, run = self.run.out, self.run
+        out = self.run.out
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(
                 f"The weights became infinite or no numbers by step {self.step}. What {out} holds is from before that; start "
@@ -147,22 +237,15 @@ class Trainer:
             "images_seen": self.images_seen,
             "problems": self.problems,
             "notes": self.notes,
+            "best": self.best,
         }
-        about = About(
-            step=self.step,
-            images_seen=self.images_seen,
-            ema_decay=None,
-            data=run.data,
-            classes=run.classes,
-            command=run.command,
-            num_steps=self.num_steps,
-        )
-        decays = self.recipe.training.ema_decays
-        save_weights(out / (LAST if decays else WEIGHTS), self.recipe, self.model.state_dict(), about)
+        about = self.about(average=False)
+        decays = self.job.training.ema_decays
+        self.job.save(out / (LAST if decays else WEIGHTS), self.model.state_dict(), about)
         for i, (decay, average) in enumerate(zip(decays, self.averages, strict=True)):
             name = WEIGHTS if i == 0 else f"ema-{decay:g}.safetensors"
             weights = average.module.state_dict()  # type: ignore[union-attr]
-            save_weights(out / name, self.recipe, weights, dataclasses.replace(about, ema_decay=decay))
+            self.job.save(out / name, weights, dataclasses.replace(about, ema_decay=decay))
         source = self.samples.source
         problems = [{"where": where, "used": False, "what": reason} for where, reason in sorted(self.problems.items())]
         problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
@@ -174,7 +257,7 @@ class Trainer:
     def paint_sheet(self) -> None:
         if self.sheet_clips is None:
             return
-        save_png(self.run.out / SHEET, what_it_sees(self.best.eval(), self.sheet_clips))
+        save_png(self.run.out / SHEET, self.job.sheet(self.in_use.eval(), self.sheet_clips))
 
     def load(self) -> bool:
         """Take up the last save of this directory, if there is one."""
@@ -186,6 +269,7 @@ class Trainer:
             for name in ("model", "averages", "optimizer"):
                 getattr(self, name).load_state_dict(state[name])
             self.step, self.images_seen = state["step"], state["images_seen"]
+            self.best = state.get("best")  # a run that an older version began has none
             self.problems |= state["problems"]
             self.notes |= state["notes"]
         except Exception as error:  # torch raises whatever a damaged or foreign file leads it to
@@ -223,8 +307,20 @@ def train(
     Raises:
         ValueError: the directory holds another run or is in use, no sample is readable, or the loss is no number.
     """
+    return run_job(lambda: Pretraining(recipe, samples, run, initial), to_dict(recipe), samples, run, on_progress)
+
+
+def run_job(
+    make: Callable[[], Job], recipe: dict[str, Any], samples: Samples, run: Run, on_progress: Any = None
+) -> dict[str, Any]:
+    """Train a job, or go on with it: `train` for any job.
+
+    Args:
+        make: called once the directory is known to be free.
+        recipe: what the run is compared by, with its data, seed and start.
+    """
     config = {
-        "recipe": to_dict(recipe),
+        "recipe": recipe,
         "data": run.data,
         "seed": run.seed,
         "num_samples": len(samples),
@@ -235,7 +331,7 @@ def train(
     }
     check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
     with lock(run.out), interruptible() as interrupted:
-        trainer = Trainer(recipe, samples, run, initial)
+        trainer = Trainer(make(), samples, run)
         resumed = trainer.load()
         if not resumed:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
@@ -248,9 +344,9 @@ def train(
 
 
 def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
-    run, recipe = trainer.run, trainer.recipe
+    run, job = trainer.run, trainer.job
     device = torch.device(run.device)
-    objective: Any = trainer.objective
+    objective: Any = job.objective
     if run.compile:
         torch._dynamo.reset()  # it counts the graphs of earlier runs in this process, and at eight falls back to eager
         objective = torch.compile(objective)
@@ -293,19 +389,27 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         trainer.note(batch)
         unreadable = 0 if batch.clips is not None else unreadable + 1
         if batch.clips is not None:
-            drawn = trainer.draws(batch).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                value, _ = objective(batch.clips.to(device, non_blocking=True), drawn)
             trainer.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            if recipe.training.grad_clip is not None:
-                nn.utils.clip_grad_norm_(trainer.model.parameters(), recipe.training.grad_clip)
+            value = torch.zeros((), device=device)
+            for number, piece in enumerate(batch.pieces(run.accumulate)):
+                clips, drawn = trainer.inputs(piece)
+                drawn = drawn.to(device)
+                with (
+                    job.randomness(trainer.step, number),
+                    torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
+                ):
+                    part, _ = objective(clips.to(device, non_blocking=True), drawn)
+                part = part * (len(clips) / len(batch.clips))
+                part.backward()
+                value += part.detach()
+            if job.training.grad_clip is not None:
+                nn.utils.clip_grad_norm_(trainer.model.parameters(), job.training.grad_clip)
             for group in trainer.optimizer.param_groups:
-                group["lr"] = trainer.lr()
+                group["lr"] = trainer.lr() * group.get("lr_scale", 1.0)
             trainer.optimizer.step()
             for average in trainer.averages:
                 average.update_parameters(trainer.model)  # type: ignore[operator]
-            losses.append(value.detach())
+            losses.append(value)
             images += len(batch.clips)
             trainer.images_seen += len(batch.clips)
         trainer.step += 1
@@ -315,6 +419,10 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         if losses and (saving or now - last_told > 1.0):
             record()  # before a save, because it refuses a loss that is no number
             last_told = now
+        if trainer.step % trainer.steps_per_epoch == 0 and trainer.images_seen:
+            numbers = trainer.evaluate()
+            if numbers is not None:
+                metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
         if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
             raise ValueError(
                 f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
@@ -342,4 +450,5 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         "seconds": time.perf_counter() - begin,
         "skipped": len(trainer.problems),
         "converted": dict(Counter(trainer.notes.values())),
+        **({} if trainer.best is None else {"best": trainer.best}),
     }
