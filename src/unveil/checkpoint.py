@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from unveil import __version__
+from unveil.finetuning import Recognition
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.recipe import Recipe, recipe_from_dict, to_dict
+from unveil.recipe import Recipe, recipe_from_dict, section_from_dict, to_dict
 
 FORMAT = "unveil-2"
 WEIGHTS, LAST, BEST = "model.safetensors", "last.safetensors", "best.safetensors"
@@ -63,9 +64,16 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
-def save_weights(path: Path, recipe: Recipe, state: dict[str, Tensor], about: About) -> None:
-    """Write tensors with the recipe and what else is known of them as JSON in the file's own header."""
+def save_weights(
+    path: Path, recipe: Recipe, state: dict[str, Tensor], about: About, recognition: Recognition | None = None
+) -> None:
+    """Write tensors with the recipe and what else is known of them as JSON in the file's own header.
+
+    recognition: of a fine-tuned network, which is the recipe's encoder with a head on it.
+    """
     metadata = {"format": FORMAT, "recipe": json.dumps(to_dict(recipe)), "about": json.dumps(to_dict(about))}
+    if recognition is not None:
+        metadata["recognition"] = json.dumps(to_dict(recognition))
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
 
@@ -86,6 +94,16 @@ def find_weights(path: str | Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give a run directory or a .safetensors file.")
     return path
+
+
+def read_recognition(path: str | Path) -> Recognition | None:
+    """What a fine-tuned network's file says of its head; None for a file of another kind, or none."""
+    try:
+        with safetensors.safe_open(find_weights(path), framework="pt") as file:
+            written = (file.metadata() or {}).get("recognition")
+        return None if written is None else section_from_dict(Recognition, json.loads(written))
+    except (safetensors.SafetensorError, OSError):
+        return None  # `read_header` says what is wrong with it
 
 
 def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, ...]]]:
@@ -152,6 +170,12 @@ def pick_device(device: str | None) -> str:
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
     """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
     recipe, about, found = read_header(path)
+    recognition = read_recognition(path)
+    if recognition is not None:
+        raise ValueError(
+            f"{find_weights(path)} holds a network fine-tuned for {len(recognition.outputs)} outputs: an encoder with a head, "
+            "and nothing that could paint, generate or be pre-trained on. Use it for predict, or give the pre-trained run."
+        )
     with torch.random.fork_rng(
         devices=[]
     ):  # its first weights are thrown away, so nobody's draws shall change for them

@@ -15,16 +15,20 @@ from unveil.config import nearest
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.finetune import FineTune, finetune
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.generate import Generate, generate
 from unveil.tasks.info import Info, info
 from unveil.tasks.inpaint import Inpaint, inpaint
+from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.train import Progress
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[FineTune, tyro.conf.subcommand("finetune")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[FinetuneGenerator, tyro.conf.subcommand("finetune-generator")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
@@ -34,10 +38,21 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
-COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "evaluate", "info", "convert")
+COMMANDS = (
+    "pretrain",
+    "finetune",
+    "predict",
+    "finetune-generator",
+    "generate",
+    "inpaint",
+    "probe",
+    "evaluate",
+    "info",
+    "convert",
+)
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
-Pre-train on unlabelled pictures, probe the model's features, repaint with it, teach it classes and generate.
+Pre-train on unlabelled pictures, probe the model's features, fine-tune it on labels, repaint with it, generate.
 `unveil COMMAND --help` explains a command.
 --json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
@@ -108,10 +123,42 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
         yield f"Converted pictures, of those that were read: {count} ({note})."
     if result["skipped"] or result["converted"]:
         yield f"They are listed in {result['out']}/problems.jsonl."
-    if result["finished"] and result["num_steps"] < FEW_STEPS:
+    if result["finished"] and result["num_steps"] < FEW_STEPS and "task" not in result:
         little = "noisy samples" if "start" in result else "little but colours"
         yield f"{result['num_steps']} steps are few: expect {little}. Give more --epochs, or a smaller --batch-size."
-    yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
+    if "task" not in result:
+        yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
+
+
+def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
+    if not result["resumed"]:
+        yield (
+            f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its. Training on "
+            f"{result['train_samples']:,} samples, testing on {result['test_samples']:,} others."
+        )
+    yield from _tell_training(result)
+    if not result["finished"]:
+        return
+    told = {
+        "single": lambda n: f"{n['accuracy']:.2f} % right, {n['mean_class_accuracy']:.2f} % as the mean over classes",
+        "multi": lambda n: (
+            f"mean average precision {n['mean_average_precision']:.2f} %, {n['labels_right']:.2f} % of labels right"
+        ),
+        "regression": lambda n: f"R2 {n['r2']:.3f}, mean absolute error {n['mean_absolute_error']:.4g}",
+    }[result["task"]]
+    yield f"Test data, last epoch: {told(result['last'])}."
+    if result.get("best"):
+        yield f"Best epoch, chosen by these same data: {told(result['best'])} (step {result['best']['step']:.0f})."
+    yield f"Look at {result['out']}/report.html. Weights: {result['out']}/model.safetensors (last), best.safetensors."
+
+
+def _tell_predict(result: dict[str, Any]) -> Iterator[str]:
+    if result["counts"] is not None:
+        often = sorted(result["counts"].items(), key=lambda item: -item[1])[:10]
+        yield "Told most often: " + ", ".join(f"{name} {count:,}" for name, count in often if count) + "."
+    if result["skipped"]:
+        yield f"Files that could not be used: {result['skipped']}, as {result['problems'][0]}."
+    yield f"Wrote {result['samples']:,} rows to {result['out']}."
 
 
 def _tell_finetune_generator(result: dict[str, Any]) -> Iterator[str]:
@@ -192,25 +239,36 @@ def _tell_classes(num_classes: int, names: Sequence[str]) -> str:
     return f"{num_classes}" + (f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else "")
 
 
+def _tell_outputs(recognition: dict[str, Any]) -> str:
+    names = recognition["outputs"]
+    what = {"single": "one of", "multi": "any of", "regression": "the numbers"}[recognition["task"]]
+    some = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return f"{what} {some}, from the mean of the {'class tokens' if recognition['pool'] == 'class' else 'patches'}"
+
+
 def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     recipe, about = result["recipe"], result["about"]
     clip = recipe["clip"]
     total = sum(result["parameters"].values())
     parts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
-    missing = result["missing_tensors"]
+    missing, recognition = result["missing_tensors"], result["recognition"]
+    work = "one whole clip" if recognition else "one masked clip"
     steps = "steps" if about["num_steps"] in (None, about["step"]) else f"of {about['num_steps']:,} steps, not finished"
     lines = {
         "file": result["file"],
         "recipe": f"{recipe['name']} {recipe['size']}",
-        "trains on": "; ".join(_tell_branch(branch) for branch in recipe["branches"]),
+        "pre-trained on" if recognition else "trains on": "; ".join(
+            _tell_branch(branch) for branch in recipe["branches"]
+        ),
         "can": ", ".join(result["can"]),
         "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} "
         f"{'pixels' if clip['bounded'] else 'latents'}, "
         f"patches of {clip['tubelet_size']} x {clip['patch_size']} x {clip['patch_size']}",
         "classes": _tell_classes(recipe["condition"]["num_classes"], about["classes"]),
+        **({"tells": _tell_outputs(recognition)} if recognition else {}),
         "normalisation": f"mean {clip['mean']}, std {clip['std']}",
         "parameters": f"{total:,} ({parts})",
-        "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for one masked clip, forward",
+        "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for {work}, forward",
         "trained on": about["data"],
         "trained for": f"{about['step']:,} {steps}, {about['images_seen']:,} images",
         "weights": "as trained"
@@ -237,6 +295,8 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
 
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Pretrain: (_training(pretrain), _tell_training),
+    FineTune: (_training(finetune), _tell_finetune),
+    Predict: (_counted(predict, "sample"), _tell_predict),
     FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),

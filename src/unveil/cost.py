@@ -50,6 +50,24 @@ def _condition(told: Condition, width: int, labelled: bool) -> int:
     return (2 if labelled else 1) * 4 * width**2
 
 
+def _encoder(recipe: Recipe, num_tokens: int) -> int:
+    """Multiply-adds of the encoder's blocks over this many tokens and its own."""
+    e, told = recipe.encoder, recipe.condition
+    length, in_encoder = e.num_class_tokens + num_tokens, told if recipe.time_in_encoder else Condition()
+    joined = told.label_tokens if told.num_classes else 0
+    before = told.label_tokens_from - 1 if joined else 0
+    return _blocks(before, length, e.embed_dim, recipe.network, in_encoder, e.embed_dim) + _blocks(
+        e.depth - before, length + joined, e.embed_dim, recipe.network, in_encoder, e.embed_dim
+    )
+
+
+def encode_cost(recipe: Recipe) -> Cost:
+    """Of one whole clip through the encoder, as for features and recognition."""
+    N, P, e, told = recipe.clip.num_tokens, recipe.clip.token_dim, recipe.encoder, recipe.condition
+    condition = _condition(told, e.embed_dim, told.num_classes > 0) if recipe.time_in_encoder else 0
+    return Cost(N * P * e.embed_dim + condition, _encoder(recipe, N), 0)
+
+
 def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     """Of one clip of one branch."""
     mask = draw_mask(branch.masking, [torch.Generator()], recipe.clip.grid, branch.mask_ratio)
@@ -60,11 +78,7 @@ def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     adaln = told.time == "adaln"
     labelled = told.num_classes > 0
     embed = V * P * e.embed_dim + _condition(told, cond_dim, labelled)
-    in_encoder = told if recipe.time_in_encoder else Condition()
-    joined = told.label_tokens if labelled else 0
-    before = told.label_tokens_from - 1 if joined else 0
-    encoder = _blocks(before, R + V, e.embed_dim, network, in_encoder, cond_dim)
-    encoder += _blocks(e.depth - before, R + V + joined, e.embed_dim, network, in_encoder, cond_dim)
+    encoder = _encoder(recipe, V)
     scored = sum({"visible": V, "hidden": M}[where] for where in {term.on for term in branch.terms})
     D = d.embed_dim if d else e.embed_dim
     head = len(recipe.heads) * scored * D * P

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unveil import draws
 from unveil.config import Clip, Training
+from unveil.finetuning import FineTuning
 from unveil.sources import BadPicture, Picture, Skipped, Source, open_source
-from unveil.transforms import augment, fit
+from unveil.transforms import augment, erase, fit
 
 __all__ = [
     "BadPicture",
@@ -97,7 +98,7 @@ def source_for(data: str, clip: Clip, labelled: bool = False) -> Source:
     source = open_source(data, clip.channels, clip.frames, clip.height, clip.width)
     if labelled and not source.classes:
         raise ValueError(
-            f"{data} has no labels: sort the pictures into a folder for each class, or give a label column."
+            f"{data} has no labels: sort the pictures into a folder for each class, or give a column `label`."
         )
     return source
 
@@ -143,14 +144,31 @@ class Samples(Dataset[Sample]):
             picture = self._read(index)
         except BadPicture as bad:
             return Sample(index, None, label, problem=Skipped(bad.where, bad.reason))
-        height, width = self.clip.height, self.clip.width
-        if self.training is None:
-            values = fit(picture.values, height, width)
-        else:
-            named = draws.key(self.seed, epoch, index, "augment")
-            values = augment(picture.values, height, width, self.training.crop_scale, self.training.flip, named)
-        scaled = values.float().div_(255) if values.dtype == torch.uint8 else values.float()
-        return Sample(index, scaled.transpose(0, 1), label, note=picture.note)  # (C, T, H, W)
+        height, width, training = self.clip.height, self.clip.width, self.training
+        if training is None:
+            return Sample(index, _to_clip(fit(picture.values, height, width)), label, note=picture.note)
+        strong = training if isinstance(training, FineTuning) else None
+        values = augment(
+            picture.values,
+            height,
+            width,
+            training.crop_scale,
+            training.flip,
+            draws.key(self.seed, epoch, index, "augment"),
+            num_ops=strong.randaugment_ops if strong else 0,
+            magnitude=strong.randaugment_magnitude if strong else 0,
+        )
+        clip = _to_clip(values)
+        if strong and strong.erase:
+            mean, std = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in (self.clip.mean, self.clip.std))
+            clip = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase"))
+        return Sample(index, clip, label, note=picture.note)
+
+
+def _to_clip(values: Tensor) -> Tensor:
+    """(T, C, H, W) of any range to (C, T, H, W) in [0, 1]."""
+    scaled = values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+    return scaled.transpose(0, 1)
 
 
 def decoded_bytes(source: Source, num_tried: int = 16) -> int:

@@ -171,3 +171,8 @@ def laplacian_energy(clip: Tensor, hole: Tensor) -> Tensor:
     energy = laplacian.reshape(B, T, C, H, W).square().mean(2)  # (B, T, H, W)
     inside = hole.double()
     return (energy * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
+
+
+def confusion(predictions: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """How often each class (row) is told as each (column): two of (n,) to (K, K), int64."""
+    return torch.bincount(truth * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)

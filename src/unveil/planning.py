@@ -14,6 +14,7 @@ from unveil.data import Samples, Source, decoded_bytes
 from unveil.recipe import Recipe
 from unveil.rundir import Precision, Run
 
+MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
 
 
@@ -60,6 +61,16 @@ class TrainingOptions:
     """Compile the step with torch.compile; pays for long runs."""
     save_minutes: float = 2.0
     """Minutes between saves and refreshed contact sheets."""
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """'224' or '64x48' (height x width) as two numbers."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
+        raise ValueError(
+            f"--image-size {text!r} is no size: give pixels up to 8192 as 224, or height x width as 64x48."
+        )
+    return int(parts[0]), int(parts[-1])
 
 
 def planned(training: Training, options: TrainingOptions) -> Training:

@@ -178,6 +178,9 @@ class Recipe:
         return branch is not None and any(t.predict == "x0" and not t.patch_norm for t in branch.terms)
 
 
+Section = typing.TypeVar("Section")
+
+
 def to_dict(section: Any) -> dict[str, Any]:
     """A config as plain values for JSON."""
     return dataclasses.asdict(section)
@@ -214,6 +217,11 @@ def _from_dict(kind: Any, values: Any, where: str) -> Any:
     return kind(**{name: _from_value(kinds[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
+def section_from_dict(kind: type[Section], values: dict[str, Any]) -> Section:
+    """The section that `to_dict` wrote, checked again. Unknown and missing fields are errors."""
+    return _from_dict(kind, values, kind.__name__)
+
+
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` wrote, checked again. Unknown and missing fields are errors."""
-    return _from_dict(Recipe, values, "Recipe")
+    return section_from_dict(Recipe, values)

@@ -110,6 +110,42 @@ def curve(
     return buffer.getvalue()
 
 
+MAX_NAMED = 40  # classes whose names can be read beside a matrix
+
+
+def matrix_picture(matrix: Tensor, names: Sequence[str]) -> bytes:
+    """A confusion matrix (K, K), each row as shares of its sum, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = min(10.0, max(3.5, 0.35 * len(names) + 1.5))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
+    axes.set_xlabel("told")
+    axes.set_ylabel("true")
+    if len(names) <= MAX_NAMED:
+        short = [name[:16] for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90)
+        axes.set_yticks(range(len(names)), short)
+    if len(names) <= 12:
+        for i, row in enumerate(matrix.tolist()):
+            for j, count in enumerate(row):
+                if count:
+                    axes.text(
+                        j,
+                        i,
+                        str(count),
+                        ha="center",
+                        va="center",
+                        color="white" if shares[i, j] > 0.5 else "black",
+                        fontsize=8,
+                    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
 class Page:
     """An HTML page that needs no other file: add parts from top to bottom, then save."""
 

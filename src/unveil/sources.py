@@ -1,4 +1,4 @@
-"""Where samples come from: folders of pictures, parquet files, and digits that need no download.
+"""Where samples come from: folders of pictures, tables of paths, parquet files, and digits that need no download.
 
 Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.data` turns them into clips.
 """
@@ -19,6 +19,7 @@ import torch
 from unveil import draws
 from unveil.config import nearest
 from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions, fill_channels, frames_first
+from unveil.tables import PATH, is_table, read_table
 
 BUILTINS = tuple(name + split for name in ("digits", "moving-digits") for split in ("", ":train", ":test"))
 
@@ -95,6 +96,66 @@ class Folder:
 
     def where(self, index: int) -> str:
         return self.paths[index]
+
+
+class Listed(Folder):
+    """Pictures that a table lists, in its order, by paths below the table's folder or absolute ones.
+
+    If it has a column `label`, its distinct values are the classes: whole numbers in their order, or names in the alphabet's.
+    columns: of the table, for labels of other kinds.
+    """
+
+    def __init__(
+        self, name: str, path: Path, channels: int, height: int | None = None, width: int | None = None
+    ) -> None:
+        self.columns = read_table(path).columns
+        paths = [str(value) for value in self.columns[PATH]]
+        missing = [i for i, value in enumerate(paths) if not (path.parent / value).is_file()]
+        if missing:
+            raise ValueError(
+                f"{name!r} lists {len(missing)} of {len(paths)} files that do not exist, the first in row {missing[0] + 1}: "
+                f"{paths[missing[0]]!r}. Paths are below {path.parent}, or absolute. Correct them, or remove the rows."
+            )
+        super().__init__(name, path.parent, paths, [], channels, height, width)
+        self.classes = None
+        self._labels = [_label(value) for value in self.columns.get("label", [])]
+        if any(label is not None for label in self._labels):
+            self.classes = tuple(sorted({label for label in self._labels if label is not None}, key=_by_number))
+            self._label_of = {label: i for i, label in enumerate(self.classes)}
+
+    def label(self, index: int) -> int | None:
+        label = self._labels[index] if self.classes else None
+        return None if label is None else self._label_of[label]
+
+
+def _label(value: Any) -> str | None:
+    """A class as a table has it; None for an empty cell."""
+    return None if value is None or str(value) == "" else str(value)
+
+
+def _by_number(label: str) -> tuple[int, float, str]:
+    """Whole numbers first, in their order, then words."""
+    return (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
+
+
+class Chosen:
+    """Some samples of a source, in a given order."""
+
+    def __init__(self, source: Source, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, tuple(rows)
+        self.name, self.classes, self.skipped = source.name, source.classes, source.skipped
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Picture:
+        return self.source.read(self.rows[index])
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self.rows[index])
+
+    def where(self, index: int) -> str:
+        return self.source.where(self.rows[index])
 
 
 def _walk(root: Path) -> tuple[list[str], list[Skipped]]:
@@ -389,7 +450,8 @@ def open_source(
 
     Args:
         data: `digits` or `moving-digits`, perhaps with `:train` or `:test` (a folder of that name is `./digits`); a
-            folder of pictures; a picture; a .parquet file, a folder of such files or a pattern like `train-*.parquet`.
+            folder of pictures; a picture; a .csv or .parquet with a column `path`; a .parquet file of pictures, a folder of
+            such files or a pattern like `train-*.parquet`.
         channels: what pictures are converted to: 1, 3 or 4; other numbers only with .npy arrays.
         frames: frames of a clip; only moving-digits has more than 1.
         height, width: the size of moving-digits (24 x 24 if not given), and what large JPEGs need at least.
@@ -420,6 +482,8 @@ def open_source(
         return Parquet(data, [Path(shard) for shard in shards], [], channels, height, width)
     if path.is_dir():
         return _open_folder(data, path, channels, height, width)
+    if path.is_file() and is_table(path):
+        return Listed(data, path, channels, height, width)
     if path.suffix.lower() == ".parquet":
         return Parquet(data, [path], [], channels, height, width)
     pictures, skipped = _sort_out(path.parent, [path.name]) if path.is_file() else ([], [Skipped(data, "not a file")])

@@ -45,11 +45,19 @@ class Progress:
 class Job(Protocol):
     """What a `Trainer` trains: a model and its optimiser, what a step computes, and what is written."""
 
-    training: Training
-    model: nn.Module
-    objective: nn.Module
-    """forward(clips, draws) -> loss, logs."""
-    optimizer: torch.optim.Optimizer
+    @property
+    def training(self) -> Training: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def objective(self) -> nn.Module:
+        """forward(clips, draws) -> loss, logs."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Any]:
         """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order."""

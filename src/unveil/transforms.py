@@ -16,6 +16,11 @@ def _random_crop(height: int, width: int, crop_scale: float) -> v2.RandomResized
     )
 
 
+@functools.cache
+def _randaugment(num_ops: int, magnitude: int) -> v2.RandAugment:
+    return v2.RandAugment(num_ops, magnitude, interpolation=InterpolationMode.BILINEAR)
+
+
 def _check(picture: Tensor) -> None:
     if picture.dtype != torch.uint8 and not picture.is_floating_point():
         raise ValueError(
@@ -53,14 +58,25 @@ def fit(picture: Tensor, height: int, width: int) -> Tensor:
     return _clipped(F.center_crop(picture, [height, width]))
 
 
-def augment(picture: Tensor, height: int, width: int, crop_scale: float, flip: bool, seed_key: int) -> Tensor:
-    """Cut out a random part, resize it, and mirror half of all pictures; the same for every frame of a clip.
+def augment(
+    picture: Tensor,
+    height: int,
+    width: int,
+    crop_scale: float,
+    flip: bool,
+    seed_key: int,
+    *,
+    num_ops: int = 0,
+    magnitude: int = 9,
+) -> Tensor:
+    """Cut out a random part, resize it, mirror half of all pictures, and change colour and shape; the same for every frame.
 
     Args:
         picture: (T, C, H, W), uint8, or float in [0, 1].
         crop_scale: smallest share of the area that the crop keeps, in (0, 1]; 1 is the crop of `fit`.
         flip: whether to mirror left and right with probability 1/2.
         seed_key: from `draws.key`; the same key gives the same result.
+        num_ops, magnitude: of RandAugment (Cubuk et al. 2020, arXiv 1909.13719); 0 operations for none.
 
     Returns:
         (T, C, height, width) of the same dtype.
@@ -76,6 +92,24 @@ def augment(picture: Tensor, height: int, width: int, crop_scale: float, flip: b
         mirrored = flip and bool(torch.rand(()) < 0.5)
         if crop_scale < 1:
             picture = _clipped(_random_crop(height, width, crop_scale)(picture))
-    if crop_scale >= 1:
-        picture = fit(picture, height, width)
-    return F.horizontal_flip(picture) if mirrored else picture
+        else:
+            picture = fit(picture, height, width)
+        picture = F.horizontal_flip(picture) if mirrored else picture
+        return _clipped(_randaugment(num_ops, magnitude)(picture)) if num_ops else picture
+
+
+def erase(clip: Tensor, probability: float, mean: Tensor, std: Tensor, seed_key: int) -> Tensor:
+    """Perhaps fill a random rectangle with noise, the same rectangle in every frame.
+
+    A 50th to a third of the area, an aspect of 0.3 to 3.3, normal noise of the data's mean and deviation.
+    Zhong et al. 2020, arXiv 1708.04896.
+
+    Args:
+        clip: (C, T, H, W), float.
+        mean, std: of the channels, (C, 1, 1, 1).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_key)
+        frames = ((clip - mean) / std).transpose(0, 1)  # (T, C, H, W)
+        erased = v2.RandomErasing(probability, value="random")(frames)  # type: ignore[arg-type]
+    return clip if erased is frames else erased.transpose(0, 1) * std + mean

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from unveil.checkpoint import FromRun, find_weights, read_header
-from unveil.cost import masked_step
+from unveil.checkpoint import FromRun, find_weights, read_header, read_recognition
+from unveil.cost import encode_cost, masked_step
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import to_dict
+from unveil.recognizer import Recognizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +30,21 @@ def info(options: Info) -> dict[str, Any]:
             count *= size
         part = name.split(".")[0]
         parts[part] = parts.get(part, 0) + count
+    recognition = read_recognition(options.run)
     with torch.device("meta"):  # names and shapes, no memory
-        expected = MaskedDiffusionAutoencoder(recipe)
+        if recognition is None:
+            expected = MaskedDiffusionAutoencoder(recipe)
+            can, cost = sorted(expected.can), masked_step(recipe)
+        else:
+            expected = Recognizer(recipe, recognition)
+            can, cost = ["recognise"], encode_cost(recipe)
     return {
         "file": str(find_weights(options.run)),
-        "can": sorted(expected.can),
+        "can": can,
+        "recognition": None if recognition is None else to_dict(recognition),
         "parameters": parts,
         "missing_tensors": sorted(expected.state_dict().keys() - shapes.keys()),
-        "multiply_adds_per_clip": masked_step(recipe).forward,
+        "multiply_adds_per_clip": cost.forward,
         "about": to_dict(about),
         "recipe": to_dict(recipe),
     }

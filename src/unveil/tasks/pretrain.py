@@ -8,14 +8,13 @@ from typing import Any, Literal
 from unveil import recipes, sizes
 from unveil.config import DecoderKind, Masking, ScheduleKind
 from unveil.data import source_for
-from unveil.planning import TrainingOptions, planned, prepare
+from unveil.planning import TrainingOptions, parse_image_size, planned, prepare
 from unveil.recipe import Recipe
 from unveil.train import Progress, train
 
 RecipeName = Literal[
     "diffmae", "mae", "mae_raw", "umd", "umd_flow", "dit", "maskdit", "dit_umd", "maskdit_umd", "mae_umd"
 ]
-MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +63,6 @@ BUILT_IN = {
     "digits": {"size": "Nano/2", "image_size": "8", "channels": 1},
     "moving-digits": {"size": "Nano/4", "image_size": "24", "channels": 1, "frames": 8, "tubelet_size": 2},
 }
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """'224' or '64x48' (height x width) as two numbers."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
-        raise ValueError(
-            f"--image-size {text!r} is no size: give pixels up to 8192 as 224, or height x width as 64x48."
-        )
-    return int(parts[0]), int(parts[-1])
 
 
 def recipe_of(options: Pretrain) -> Recipe:

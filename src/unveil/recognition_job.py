@@ -1,0 +1,107 @@
+"""Fine-tuning as a job for the training loop."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unveil import draws
+from unveil.checkpoint import About, save_weights
+from unveil.data import Batch, Samples, batches
+from unveil.finetuning import Recognition
+from unveil.optim import ADAM_BETA1, layer_decay_groups, lr_factor
+from unveil.recipe import Recipe
+from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blended, score
+from unveil.report import contact_sheet
+from unveil.rundir import Run
+
+
+class RecognitionJob:
+    """The job of fine-tuning; see `unveil.train.Job`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        recognition: Recognition,
+        run: Run,
+        initial: dict[str, Tensor],
+        train_targets: Tensor,
+        test: Samples,
+        truth: Tensor,
+        eval_epochs: int,
+    ) -> None:
+        self.recipe, self.recognition, self.run = recipe, recognition, run
+        self.training = recognition.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.model = Recognizer(recipe, recognition)
+        self.model.load_state_dict({**self.model.state_dict(), **initial})
+        self.model.to(run.device)
+        self.objective = RecognitionObjective(self.model)
+        training = self.training
+        groups = layer_decay_groups(self.model, recipe.encoder.depth, training.weight_decay, training.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
+        self.train_targets, self.test, self.truth, self.eval_epochs = train_targets, test, truth, eval_epochs
+
+    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Targets]:
+        assert batch.clips is not None
+        targets = self.train_targets[batch.indices]
+        return blended(batch.clips, targets, self.training, self.run.seed, epoch, places[0])
+
+    def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
+        training = self.training
+        low = 0.0 if step < warmup_steps else min(training.min_lr, training.lr)
+        return low + (training.lr - low) * lr_factor(step, num_steps, warmup_steps, training.lr_schedule)
+
+    def randomness(self, step: int, piece: int) -> AbstractContextManager[Any]:
+        return _seeded(self.run.device, draws.key(self.run.seed, step, piece, "drop path"))
+
+    def save(self, path: Path, weights: dict[str, Tensor], about: About) -> None:
+        save_weights(path, self.recipe, weights, about, self.recognition)
+
+    def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
+        return contact_sheet([("pictures as they are trained on, before they are blended", list(clips.cpu()))])
+
+    def evaluate(self, model: nn.Module, epoch: int) -> dict[str, float] | None:
+        if epoch % self.eval_epochs and epoch != self.training.epochs:
+            return None
+        assert isinstance(model, Recognizer)
+        return score(self.recognition, *told(model, self.test, self.truth, self.run))
+
+
+class _seeded(AbstractContextManager[None]):
+    """torch's global generators from this seed within, and as they were after."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        self.fork = torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else [])
+        self.device, self.seed = device, seed
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        if self.device.startswith("cuda"):
+            torch.manual_seed(self.seed)
+        else:
+            torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)
+
+
+def told(model: Recognizer, samples: Samples, truth: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """What a network tells of every readable test sample, (n, K), and the truth of these."""
+    loader = batches(samples, 256, 0, 0, shuffle=False, drop_last=False, num_workers=0)
+    outputs, wanted = [], []
+    for batch in loader:
+        if batch.clips is None:
+            continue
+        device = torch.device(run.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            outputs.append(model.predict(batch.clips.to(device)).float().cpu())
+        wanted.append(truth[batch.indices])
+    if not outputs:
+        raise ValueError(f"No sample of the test data {samples.source.name!r} can be read.")
+    return torch.cat(outputs), torch.cat(wanted)

@@ -1,0 +1,210 @@
+"""Recognition: an encoder with a pool, a norm and one Linear on it; how it is trained, scored and kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from unveil import draws
+from unveil.checkpoint import About, check_tensors, find_weights, read_header, read_recognition
+from unveil.finetuning import FineTuning, Recognition
+from unveil.layers import norm_layer
+from unveil.model import Backbone
+from unveil.recipe import Recipe
+from unveil.tokens import Grid
+
+HEAD_STD = 2e-5  # of the new Linear's weights, truncated at twice that; MAE's
+
+
+class Recognizer(Backbone):
+    """An encoder that sees whole clips, clean, and tells classes, labels or numbers.
+
+    With the pool "mean" the norm comes after it, as in MAE's fine-tuning; with "class" before it, over each token.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, recipe: Recipe, recognition: Recognition) -> None:
+        super().__init__(
+            recipe, final_norm=False, told=recipe.time_in_encoder, drop_path=recognition.training.drop_path
+        )
+        self.recognition = recognition
+        if recognition.pool == "class" and not recipe.encoder.num_class_tokens:
+            raise ValueError(f"This {recipe.name} has no class token. Use --pool mean.")
+        self.fc_norm = norm_layer(recipe.network.norm, recipe.encoder.embed_dim)
+        self.head = nn.Linear(recipe.encoder.embed_dim, len(recognition.outputs))
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("offset", torch.tensor(recognition.offset), persistent=False)
+        self.register_buffer("scale", torch.tensor(recognition.scale), persistent=False)
+
+    def pooled(self, clip: Tensor) -> Tensor:
+        """(B, C, T, H, W) to (B, D), what the head reads."""
+        encoded, num_class_tokens = self.encode(clip), self.recipe.encoder.num_class_tokens
+        if self.recognition.pool == "mean":
+            return self.fc_norm(encoded[:, num_class_tokens:].mean(1))
+        return self.fc_norm(encoded[:, :num_class_tokens]).mean(1)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, C, T, H, W) to logits, or to standardised numbers, (B, K)."""
+        return self.head(self.pooled(clip))
+
+    @torch.inference_mode()
+    def predict(self, clip: Tensor) -> Tensor:
+        """(B, C, T, H, W) to probabilities of the classes, or of each label, or to numbers, (B, K)."""
+        output = self(clip).float()
+        if self.recognition.task == "single":
+            return output.softmax(1)
+        if self.recognition.task == "multi":
+            return output.sigmoid()
+        return output * self.scale + self.offset
+
+
+def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Learned positions (N, D) of one grid for another: bicubic in space, linear in time."""
+    D = table.shape[1]
+    x = table.float().reshape(*old, D).permute(0, 3, 1, 2)  # (T, D, H, W)
+    if old[1:] != new[1:]:
+        x = F.interpolate(x, size=new[1:], mode="bicubic", antialias=True, align_corners=False)
+    if old[0] != new[0]:
+        x = F.interpolate(x.permute(2, 3, 1, 0).flatten(0, 1), size=new[0], mode="linear", align_corners=False)
+        x = x.reshape(*new[1:], D, new[0]).permute(3, 2, 0, 1)
+    return x.permute(0, 2, 3, 1).reshape(-1, D).to(table.dtype)
+
+
+POSITIONS = "encoder.positions.pos_embed"
+
+
+def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -> dict[str, Tensor]:
+    """The tensors that a `Recognizer` of this recipe takes from a pre-trained model: all but the head, and but the norm
+    after a mean of patches, which the model never saw. Learned positions are resampled if the grid is another."""
+    state = model.state_dict()
+    parts = ("encoder.", "condition.") if recipe.time_in_encoder else ("encoder.",)
+    kept = {n: v for n, v in state.items() if n.startswith(parts) and not n.startswith("encoder.norm.")}
+    if recognition.pool == "class":
+        norm = "encoder.norm." if recipe.decoder is not None else "head.norm."
+        kept |= {"fc_norm." + name.removeprefix(norm): v for name, v in state.items() if name.startswith(norm)}
+    old, new = model.recipe.clip.grid, recipe.clip.grid
+    if POSITIONS in kept and old != new:
+        kept[POSITIONS] = resample_positions(kept[POSITIONS], old, new)
+    return kept
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch should be told as, (B, K) float: shares of classes, labels of 0 and 1, or standardised numbers."""
+
+    values: Tensor
+
+    def to(self, device: torch.device | str) -> "Targets":
+        return Targets(self.values.to(device, non_blocking=True))
+
+
+def blend(clips: Tensor, targets: Tensor, training: FineTuning, seed_key: int) -> tuple[Tensor, Tensor]:
+    """MixUp or CutMix of each clip with the one before it in the batch, by torchvision; the same for every frame.
+
+    Args:
+        clips: (B, C, T, H, W). targets: (B, K) float.
+        seed_key: from `draws.key`.
+    """
+    kinds = [make(alpha=alpha) for make, alpha in ((v2.MixUp, training.mixup), (v2.CutMix, training.cutmix)) if alpha]
+    if not kinds or len(clips) < 2:
+        return clips, targets
+    B, C, T, H, W = clips.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_key)
+        flat, targets = v2.RandomChoice(kinds)(clips.reshape(B, C * T, H, W), targets)
+    return flat.reshape(B, C, T, H, W), targets
+
+
+class RecognitionObjective(nn.Module):
+    """One module whose forward is the whole training step up to the loss."""
+
+    def __init__(self, model: Recognizer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy, its mean over labels, or the squared error; clips (B, C, T, H, W)."""
+        recognition = self.model.recognition
+        output, wanted = self.model(clips).float(), targets.values
+        smoothing = recognition.training.label_smoothing
+        if recognition.task == "single":
+            return F.cross_entropy(output, wanted, label_smoothing=smoothing), {}
+        if recognition.task == "multi":
+            return F.binary_cross_entropy_with_logits(output, wanted * (1 - smoothing) + smoothing / 2), {}
+        return F.mse_loss(output, wanted), {}
+
+
+def score(recognition: Recognition, outputs: Tensor, truth: Tensor) -> dict[str, float]:
+    """Numbers of a test set; "score" is the one to go by.
+
+    Args:
+        outputs: what `Recognizer.predict` told, (n, K).
+        truth: classes (n,) int64; or labels of 0 and 1, or numbers, (n, K).
+
+    Returns:
+        single: accuracy in the first and, of more than five classes, the first five, in percent, and the mean over classes.
+        multi: mean average precision over labels that occur, and the share of labels that are right at 0.5, in percent.
+        regression: R^2 and mean absolute error, means over the numbers.
+    """
+    from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score  # slow to import
+
+    if recognition.task == "single":
+        right = outputs.argmax(1) == truth
+        numbers = {"accuracy": 100 * right.float().mean().item()}
+        if outputs.shape[1] > 5:
+            best = outputs.topk(5, dim=1).indices
+            numbers["top5"] = 100 * (best == truth[:, None]).any(1).float().mean().item()
+        per_class = [right[truth == c].float().mean().item() for c in truth.unique().tolist()]
+        numbers["mean_class_accuracy"] = 100 * sum(per_class) / len(per_class)
+        return {"score": numbers["accuracy"], **numbers}
+    if recognition.task == "multi":
+        occurs = [k for k in range(truth.shape[1]) if truth[:, k].sum() > 0]
+        precisions = [average_precision_score(truth[:, k].numpy(), outputs[:, k].numpy()) for k in occurs]
+        average = 100 * float(sum(precisions)) / max(1, len(precisions))
+        right = ((outputs > 0.5) == (truth > 0.5)).float().mean().item()
+        return {"score": average, "mean_average_precision": average, "labels_right": 100 * right}
+    r2 = float(r2_score(truth.numpy(), outputs.numpy()))
+    return {"score": r2, "r2": r2, "mean_absolute_error": float(mean_absolute_error(truth.numpy(), outputs.numpy()))}
+
+
+def load_recognizer(path: str | Path, device: torch.device | str = "cpu") -> tuple[Recognizer, About]:
+    """Build the network that a file of `unveil finetune` describes and fill it.
+
+    Raises:
+        ValueError: it is no such file, or tensors are missing or do not fit.
+    """
+    recipe, about, found = read_header(path)
+    recognition = read_recognition(path)
+    file = find_weights(path)
+    if recognition is None:
+        raise ValueError(
+            f"{file} holds a pre-trained {recipe.name} without a head, so it can tell no classes. Fine-tune it first: "
+            f"unveil finetune --run {path} --data LABELLED --out DIRECTORY"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = Recognizer(recipe, recognition)
+    check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
+    model.load_state_dict(safetensors.torch.load_file(file))
+    return model.to(device).eval(), about
+
+
+def blended(clips: Tensor, targets: Tensor, training: FineTuning, seed: int, *place: int) -> tuple[Tensor, Targets]:
+    """A batch as it is trained on; place names the draw."""
+    clips, targets = blend(clips, targets, training, draws.key(seed, *place, "blend"))
+    return clips, Targets(targets)
+
+
+def to_targets(recognition: Recognition, truth: Tensor) -> Tensor:
+    """Truth as `score` wants it, to targets (n, K) float."""
+    if recognition.task == "single":
+        return F.one_hot(truth, len(recognition.outputs)).float()
+    if recognition.task == "multi":
+        return truth.float()
+    return (truth.float() - torch.tensor(recognition.offset)) / torch.tensor(recognition.scale)

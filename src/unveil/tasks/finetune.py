@@ -1,0 +1,273 @@
+"""From a pre-trained encoder to a network that tells classes, labels or numbers."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from unveil import draws, finetuning
+from unveil.checkpoint import BEST, WEIGHTS, FromRun, load_model, write_atomically
+from unveil.data import Samples, Source, source_for
+from unveil.features import usual_pool
+from unveil.finetuning import FineTuning, Recognition, Task
+from unveil.metrics import confusion
+from unveil.planning import TrainingOptions, parse_image_size, planned, prepare
+from unveil.recipe import Recipe, to_dict
+from unveil.recognition_job import RecognitionJob, told
+from unveil.recognition_report import write_report
+from unveil.recognizer import (
+    Recognizer,
+    from_pretrained,
+    load_recognizer,
+    score,
+    to_targets,
+)
+from unveil.sources import Chosen
+from unveil.targets import Truth, chosen_truth, truth_of
+from unveil.train import Progress, run_job
+
+EVALUATION, REPORT = "evaluation.json", "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(TrainingOptions, FromRun):
+    """Train a pre-trained encoder with a linear head on labelled pictures, by MAE's published recipe.
+
+    The encoder sees whole, clean pictures. The last weights are model.safetensors, those of the best epoch on the test
+    data best.safetensors; report.html shows curves, the confusion matrix and each class.
+
+    Example: unveil finetune --run runs/photos --data labelled/ --test-data held-out/ --out runs/photos-classes
+    """
+
+    test_data: str | None = None
+    """Labelled test data, with no class that --data lacks. Default: a random fifth of --data is held out."""
+    task: Task = "single"
+    """single: one of several classes. multi: any number of labels. regression: numbers. The last two need a table, a .csv or
+    .parquet with a column `path`."""
+    label_columns: tuple[str, ...] = ("label",)
+    """Columns of the table. single: the class, a name or a number. multi: one column of labels with | between them, or a
+    column of 0 and 1 for each. regression: a number in each."""
+    labels_per_class: int | None = None
+    """Train on this many of each class, drawn by the seed. Default: on all."""
+    from_scratch: bool = False
+    """Draw the weights at random instead: the same network and training without pre-training, to compare with."""
+    image_size: str | None = None
+    """Height and width in pixels, one number or 64x48. Default: the pre-trained model's. Positions are resampled."""
+    preset: Literal["small", "B", "L", "H"] | None = None
+    """Numbers of the training: small, ours for thousands of pictures; B, L, H, MAE's for ImageNet. Default: small below 20,000
+    pictures and for Nano and Micro, else by the encoder's size."""
+    pool: Literal["mean", "class"] | None = None
+    """What the head reads: the mean of the patch tokens (MAE's global pool), or of the class tokens. Default: mean; class
+    for UMD's family, which trains them as its summary."""
+
+    layer_decay: float | None = None
+    """A block's learning rate is that of the one above it times this."""
+    drop_path: float | None = None
+    """Probability that a picture skips a residual branch of the last block; less in those before."""
+    mixup: float | None = None
+    """Blend pairs of pictures and their labels: the parameter of the Beta distribution, 0 for never."""
+    cutmix: float | None = None
+    """Put a part of one picture into another, likewise; with both, each batch gets one of them."""
+    label_smoothing: float | None = None
+    """Share of the probability that is spread over all classes."""
+    randaugment_ops: int | None = None
+    """Random changes of colour and shape that each picture gets."""
+    randaugment_magnitude: int | None = None
+    """How strong these are, 0 to 30."""
+    erase: float | None = None
+    """Probability that a rectangle of a picture becomes noise."""
+    weight_decay: float | None = None
+    """Of AdamW."""
+    eval_epochs: int | None = None
+    """Epochs between evaluations on the test data. Default: a 25th of all."""
+
+
+OWN = (
+    "layer_decay",
+    "drop_path",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "erase",
+    "weight_decay",
+)
+
+
+def training_of(options: FineTune, recipe: Recipe, num_samples: int) -> FineTuning:
+    """The preset with what the user says in its place.
+
+    Raises:
+        ValueError: an option is out of its range, or does not fit the task or the pictures.
+    """
+    preset = options.preset or finetuning.preset_of(recipe.size, num_samples)
+    training = finetuning.PRESETS[preset]
+    given = {name: getattr(options, name) for name in OWN if getattr(options, name) is not None}
+    if options.task == "regression":
+        for name in ("label_smoothing", "mixup", "cutmix"):
+            if given.get(name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {given[name]} is for classes and labels; numbers are not blended. Drop it."
+                )
+            given[name] = 0.0
+    if recipe.clip.channels not in (1, 3):
+        if given.get("randaugment_ops"):
+            raise ValueError(
+                f"--randaugment-ops {given['randaugment_ops']} needs pictures of 1 or 3 channels, but these have "
+                f"{recipe.clip.channels}. Drop it."
+            )
+        given["randaugment_ops"] = 0
+    if not recipe.training.flip:  # digits, and whatever else was pre-trained without mirroring
+        given["flip"] = False
+    if recipe.training.crop_scale == 1:
+        given["crop_scale"] = 1.0
+        given.setdefault("randaugment_ops", 0)  # eight pixels leave nothing to shear
+    training = dataclasses.replace(training, **given)
+    if len(options.ema_decays or ()) > 1:
+        raise ValueError(
+            f"--ema-decays {' '.join(str(d) for d in options.ema_decays or ())}: fine-tuning keeps one running average, "
+            "which is what it evaluates. Give one."
+        )
+    changed = planned(training, options)
+    assert isinstance(changed, FineTuning)
+    return changed
+
+
+def split(options: FineTune, recipe: Recipe) -> tuple[Source, Truth, Source, Truth]:
+    """Training and test samples with their truth, samples without a label left out.
+
+    Raises:
+        ValueError: there are no labels, or too few samples or classes, or the two sets do not fit each other.
+    """
+    source = source_for(options.data, recipe.clip)
+    truth = truth_of(source, options.task, options.label_columns)
+    known = [i for i in range(len(source)) if truth.known[i]]
+    if options.test_data is None:
+        order = torch.randperm(len(known), generator=draws.generator(options.seed, "held out")).tolist()
+        held = {known[i] for i in order[: len(known) // 5]}
+        if not held:
+            raise ValueError(
+                f"{options.data} has {len(known)} labelled samples, too few to hold some out. Give --test-data."
+            )
+        rows, test_rows = [i for i in known if i not in held], sorted(held)
+        test, test_truth = source, truth
+    else:
+        test = source_for(options.test_data, recipe.clip)
+        test_truth = truth_of(test, options.task, options.label_columns, truth.outputs)
+        rows, test_rows = known, [i for i in range(len(test)) if test_truth.known[i]]
+        if not test_rows:
+            raise ValueError(f"{options.test_data} has no labelled samples, so nothing can be tested. Give labels.")
+    if options.labels_per_class is not None:
+        rows = _some_of_each(rows, truth, options)
+    if options.task == "single":
+        there = Counter(truth.values[rows].tolist())
+        empty = [name for c, name in enumerate(truth.outputs) if not there[c]]
+        if empty:
+            raise ValueError(
+                f"{options.data} has no picture of the class {empty[0]!r} to train on"
+                + (f", nor of {len(empty) - 1} others" if len(empty) > 1 else "")
+                + ". Add some, or remove the class."
+            )
+    return Chosen(source, rows), chosen_truth(truth, rows), Chosen(test, test_rows), chosen_truth(test_truth, test_rows)
+
+
+def _some_of_each(rows: list[int], truth: Truth, options: FineTune) -> list[int]:
+    number = options.labels_per_class
+    assert number is not None
+    if options.task != "single" or number < 1:
+        raise ValueError(f"--labels-per-class {number} with --task {options.task}: give at least 1, of single classes.")
+    order = torch.randperm(len(rows), generator=draws.generator(options.seed, "few labels")).tolist()
+    taken: Counter[int] = Counter()
+    chosen = []
+    for i in order:
+        label = int(truth.values[rows[i]])
+        if taken[label] < number:
+            taken[label] += 1
+            chosen.append(rows[i])
+    for c, name in enumerate(truth.outputs):
+        if taken[c] < number:
+            raise ValueError(
+                f"--labels-per-class {number}, but the class {name!r} has {taken[c]} to train on. Use {taken[c]} or fewer."
+            )
+    return sorted(chosen)
+
+
+def finetune(options: FineTune, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Run `unveil finetune`; see `FineTune` for the options and `train` for what is returned, and:
+
+    Returns:
+        "start", the pre-trained model's recipe; "loaded" of "tensors", how many are its; "task", "outputs", "train_samples",
+        "test_samples", "last" and "best": numbers of the test set by the last weights and by those of the best epoch.
+
+    Raises:
+        ValueError: the data has no labels that fit the task, or an option is out of its range.
+    """
+    model, _ = load_model(options.run)
+    recipe = model.recipe
+    if options.image_size is not None:
+        height, width = parse_image_size(options.image_size)
+        recipe = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, height=height, width=width))
+    if options.eval_epochs is not None and options.eval_epochs < 1:
+        raise ValueError(f"--eval-epochs {options.eval_epochs}: evaluate after every epoch (1), or after several.")
+    source, truth, test, test_truth = split(options, recipe)
+    training = training_of(options, recipe, len(source))
+    if options.batch_size is None:
+        training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
+    recognition = Recognition(
+        task=options.task,
+        outputs=truth.outputs,
+        pool=options.pool or usual_pool(recipe),
+        offset=truth.offset,
+        scale=truth.scale,
+        training=training,
+    )
+    start = "from scratch" if options.from_scratch else str(options.run)
+    planned_recipe = dataclasses.replace(recipe, training=training)
+    _, samples, run = prepare(planned_recipe, source, options, truth.outputs, start=start)
+    samples.training = training
+    fits = samples.cache
+    test_samples = Samples(test, recipe.clip, run.seed, None, cache=fits)
+    initial = {} if options.from_scratch else from_pretrained(model, recipe, recognition)
+    eval_epochs = options.eval_epochs or max(1, training.epochs // 25)
+    with torch.device("meta"):
+        new = Recognizer(recipe, recognition).state_dict()
+
+    def make() -> RecognitionJob:
+        return RecognitionJob(
+            recipe, recognition, run, initial, to_targets(recognition, truth.values), test_samples, test_truth.values,
+            eval_epochs,
+        )  # fmt: skip
+
+    described = {**to_dict(recipe), "recognition": to_dict(recognition), "test": options.test_data or "a fifth"}
+    outcome = run_job(make, described, samples, run, on_progress)
+    result = {
+        **outcome,
+        "start": "random weights" if options.from_scratch else f"{model.recipe.name} {model.recipe.size}",
+        "loaded": len(initial),
+        "tensors": len(new),
+        "task": recognition.task,
+        "outputs": list(recognition.outputs),
+        "train_samples": len(source),
+        "test_samples": len(test),
+    }
+    if not outcome["finished"]:
+        return result
+    network, _ = load_recognizer(run.out / WEIGHTS, run.device)
+    outputs, wanted = told(network, test_samples, test_truth.values, run)
+    result["last"] = score(recognition, outputs, wanted)
+    matrix = None
+    if recognition.task == "single":
+        matrix = confusion(outputs.argmax(1), wanted, len(recognition.outputs))
+        result["per_class_accuracy"] = {
+            name: 100 * row[c].item() / row.sum().item() if row.sum() else None
+            for c, (name, row) in enumerate(zip(recognition.outputs, matrix, strict=True))
+        }
+        result["confusion"] = matrix.tolist()
+    write_report(run.out / REPORT, run.out, recognition, result, matrix)
+    write_atomically(run.out / EVALUATION, lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
+    return {**result, "best_file": str(run.out / BEST)}
