@@ -15,7 +15,7 @@ from unveil.config import nearest
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
-from unveil.tasks.finetune import FineTune, finetune
+from unveil.tasks.finetune import Finetune, finetune
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.generate import Generate, generate
 from unveil.tasks.info import Info, info
@@ -27,7 +27,7 @@ from unveil.train import Progress
 
 Command = (
     Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[FineTune, tyro.conf.subcommand("finetune")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[FinetuneGenerator, tyro.conf.subcommand("finetune-generator")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -295,7 +295,7 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
 
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Pretrain: (_training(pretrain), _tell_training),
-    FineTune: (_training(finetune), _tell_finetune),
+    Finetune: (_training(finetune), _tell_finetune),
     Predict: (_counted(predict, "sample"), _tell_predict),
     FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
     Generate: (_counted(generate, "sample"), _tell_generate),

@@ -56,7 +56,7 @@ def _number(source: Source, name: str, row: int, value: Any) -> float:
     if value is None or value == "":
         return math.nan
     try:
-        number = float(value)
+        number = float({"True": 1, "False": 0}.get(str(value), value))
     except (TypeError, ValueError):
         number = math.inf
     if math.isinf(number):
@@ -91,7 +91,8 @@ def _classes(source: Source, names: Sequence[str], known_as: tuple[str, ...] | N
 
 def _labels(source: Source, names: Sequence[str], known_as: tuple[str, ...] | None) -> Truth:
     columns = _columns(source, "multi", names)
-    if len(names) == 1:  # labels with | between them; an empty cell is a sample without any
+    indicators = {str(cell).strip() for cell in columns[0]} <= {"", "None", "0", "1", "0.0", "1.0", "True", "False"}
+    if len(names) == 1 and not indicators:  # labels with | between them; an empty cell is a sample without any
         sets = [{part.strip() for part in str(cell or "").split("|") if part.strip()} for cell in columns[0]]
         found = tuple(sorted(set().union(*sets)))
         outputs = known_as or found

@@ -34,7 +34,7 @@ EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTune(TrainingOptions, FromRun):
+class Finetune(TrainingOptions, FromRun):
     """Train a pre-trained encoder with a linear head on labelled pictures, by MAE's published recipe.
 
     The encoder sees whole, clean pictures. The last weights are model.safetensors, those of the best epoch on the test
@@ -99,7 +99,7 @@ OWN = (
 )
 
 
-def training_of(options: FineTune, recipe: Recipe, num_samples: int) -> FineTuning:
+def training_of(options: Finetune, recipe: Recipe, num_samples: int) -> FineTuning:
     """The preset with what the user says in its place.
 
     Raises:
@@ -138,7 +138,7 @@ def training_of(options: FineTune, recipe: Recipe, num_samples: int) -> FineTuni
     return changed
 
 
-def split(options: FineTune, recipe: Recipe) -> tuple[Source, Truth, Source, Truth]:
+def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Truth]:
     """Training and test samples with their truth, samples without a label left out.
 
     Raises:
@@ -176,7 +176,7 @@ def split(options: FineTune, recipe: Recipe) -> tuple[Source, Truth, Source, Tru
     return Chosen(source, rows), chosen_truth(truth, rows), Chosen(test, test_rows), chosen_truth(test_truth, test_rows)
 
 
-def _some_of_each(rows: list[int], truth: Truth, options: FineTune) -> list[int]:
+def _some_of_each(rows: list[int], truth: Truth, options: Finetune) -> list[int]:
     number = options.labels_per_class
     assert number is not None
     if options.task != "single" or number < 1:
@@ -197,8 +197,8 @@ def _some_of_each(rows: list[int], truth: Truth, options: FineTune) -> list[int]
     return sorted(chosen)
 
 
-def finetune(options: FineTune, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Run `unveil finetune`; see `FineTune` for the options and `train` for what is returned, and:
+def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Run `unveil finetune`; see `Finetune` for the options and `train` for what is returned, and:
 
     Returns:
         "start", the pre-trained model's recipe; "loaded" of "tensors", how many are its; "task", "outputs", "train_samples",
