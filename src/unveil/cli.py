@@ -14,6 +14,7 @@ from unveil import __version__
 from unveil.config import nearest
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
+from unveil.tasks.embed import Embed, embed
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.generate import Generate, generate
@@ -29,12 +30,13 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
-COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "evaluate", "info", "convert")
+COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "embed", "evaluate", "info", "convert")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
 Pre-train on unlabelled pictures, probe the model's features, repaint with it, teach it classes and generate.
@@ -43,6 +45,7 @@ Pre-train on unlabelled pictures, probe the model's features, repaint with it, t
 
 
 FEW_STEPS = 1000  # digits are legible after some 1,300
+LISTED = 20  # files that could not be used
 
 
 def say(text: str) -> None:
@@ -158,6 +161,23 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
 
 
+def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
+    whose = {"mean": "the mean of the patches", "class": "the mean of the class tokens", "patches": "all patches"}
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    labels = "without labels" if result["classes"] is None else f"labels of {len(result['classes'])} classes"
+    yield f"Features: {whose[result['pool']]}{noise}; {' x '.join(map(str, result['shape']))} values for a sample."
+    problems = result["problems"]
+    if problems:
+        yield f"Files that could not be used: {len(problems)}."
+    for problem in problems[:LISTED]:
+        yield f"Skipped {problem['where']}: {problem['what']}."
+    if len(problems) > LISTED:
+        yield f"And {len(problems) - LISTED} more, which --json lists."
+    for note, count in result["converted"].items():
+        yield f"Converted pictures, of those that were read: {count} ({note})."
+    yield f"Wrote {result['out']}: {result['samples']} samples, {labels}."
+
+
 def _tell_evaluate(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['pictures']} pictures, mask {result['mask']}; PSNR inside the hole, mean over pictures:"
     for name, value in result["psnr"].items():
@@ -241,6 +261,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
+    Embed: (_counted(embed, "sample"), _tell_embed),
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),

@@ -1,4 +1,4 @@
-"""Features of a source's samples, for probes."""
+"""Features of a source's samples, for probes and for files."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -14,6 +14,7 @@ from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule
 
 Pool = Literal["mean", "class"]
+Kept = Literal["mean", "class", "patches"]  # patches: every token, none pooled
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -23,14 +24,14 @@ def usual_pool(recipe: Recipe) -> Pool:
 
 
 def encoder_features(
-    model: MaskedDiffusionAutoencoder, pool: Pool | None = None, time: float = 0.0, seed: int = 0
+    model: MaskedDiffusionAutoencoder, pool: Kept | None = None, time: float = 0.0, seed: int = 0
 ) -> Features:
-    """The function from clips (B, C, T, H, W) and their indices (B,) to features (B, D).
+    """The function from clips (B, C, T, H, W) and their indices (B,) to features (B, D), or (B, N, D) of all patches.
 
     Whole clips through the encoder and its final norm; nothing is masked.
 
     Args:
-        pool: mean of the patch tokens, or of the class tokens; `usual_pool` if not given.
+        pool: mean of the patch tokens, or of the class tokens, or patches, all patch tokens; `usual_pool` if not given.
         time: 0, clean. Above, noise of that time is put on; the noise of clip i depends on (seed, i) alone.
 
     Raises:
@@ -38,7 +39,7 @@ def encoder_features(
     """
     recipe = model.recipe
     pool = pool or usual_pool(recipe)
-    check_choice("features", "pool", pool, Pool)
+    check_choice("features", "pool", pool, Kept)
     num_class_tokens = recipe.encoder.num_class_tokens
     if pool == "class" and not num_class_tokens:
         raise ValueError(f"This {recipe.name} has no class token. Use --pool mean.")
@@ -62,6 +63,8 @@ def encoder_features(
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clips)
             t = t.to(clips.device)
         encoded = model.encode(clips, t, noise)
+        if pool == "patches":
+            return encoded[:, num_class_tokens:]
         return (encoded[:, num_class_tokens:] if pool == "mean" else encoded[:, :num_class_tokens]).mean(1)
 
     return features
