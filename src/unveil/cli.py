@@ -152,7 +152,8 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples; "
         f"{classes} classes, so guessing gets about {100 / classes:.0f} %."
     )
-    titles = {"linear": "linear %", "knn": f"{result['k']}-NN %", "fewshot": "few-shot %"}
+    titles = {"linear": "linear %", "knn": f"{result['k'][0]}-NN %", "fewshot": "few-shot %"}
+    titles |= {f"knn, k = {k}": f"{k}-NN %" for k in result["k"]}
     methods = list(result["results"]["encoder"])
     yield f"{'features':<20}" + "".join(f"{titles[method]:>12}" for method in methods)
     for name, row in result["results"].items():

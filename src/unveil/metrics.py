@@ -85,22 +85,32 @@ def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: Seq
     return penalties[int(right.argmax())]
 
 
+def knn_predictions(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, ks: Sequence[int], temperature: float = 0.07
+) -> list[Tensor]:
+    """Weighted nearest neighbours by cosine, for several k at once: each of the k nearest votes exp(similarity / temperature).
+
+    Wu et al. 2018, arXiv 1805.01978, as DINO's evaluation has it. Same shapes as `ridge_predict`, one result for each k; a
+    k above the number of training rows takes all of them.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predictions: list[list[Tensor]] = [[] for _ in ks]
+    for chunk in test.split(1024):
+        similarities = chunk @ train.T
+        for kept, k in zip(predictions, ks, strict=True):  # a topk each: of equal ones, topk's choice depends on k
+            similarity, nearest = similarities.topk(min(k, len(train)), dim=1)
+            votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64)
+            # minus 1 keeps the exponent in range and changes no order
+            votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).double().exp())
+            kept.append(votes.argmax(1))
+    return [torch.cat(kept) for kept in predictions]
+
+
 def knn_predict(
     train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float = 0.07
 ) -> Tensor:
-    """Weighted nearest neighbours by cosine: each of the k nearest votes exp(similarity / temperature).
-
-    Wu et al. 2018, arXiv 1805.01978, as DINO's evaluation has it. Same shapes as `ridge_predict`.
-    """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    predictions = []
-    for chunk in test.split(1024):
-        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64)
-        # minus 1 keeps the exponent in range and changes no order
-        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).double().exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+    """`knn_predictions` for one k."""
+    return knn_predictions(train, labels, test, num_classes, [k], temperature)[0]
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

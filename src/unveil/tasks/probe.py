@@ -13,7 +13,7 @@ from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
-from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predict, ridge_predict
+from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predictions, ridge_predict
 from unveil.model import MaskedDiffusionAutoencoder
 
 NEIGHBOURS = 20
@@ -47,8 +47,9 @@ class Probe(FromRun):
     time: float = 0.0
     """Put noise of this time on the pictures first, but not for raw pixels. UMD's authors probe models that only ever saw
     noise (DiT, MaskDiT) at 51."""
-    k: int | None = None
-    """Neighbours that vote, for knn. Default 20."""
+    k: tuple[int, ...] | None = None
+    """Neighbours that vote, for knn, one number or several, as in --k 10 20 100 200; each votes with the weight
+    exp(cosine similarity / 0.07). Default 20, or all if there are fewer."""
     baselines: bool = True
     """Also probe raw pixels and the untrained encoder; of an encoder whose blocks start as the identity (adaLN-zero) the
     patches, since its class tokens are the same for every picture then."""
@@ -72,6 +73,14 @@ def _check_enough(available: Counter[int], per_class: int) -> None:
         )
 
 
+def _check_neighbours(ks: tuple[int, ...], num_samples: int) -> None:
+    """Refuse more neighbours than there are training samples."""
+    if max(ks) > num_samples:
+        raise ValueError(
+            f"--k {max(ks)}: only {num_samples} training samples can vote. Use {num_samples} or fewer neighbours, or more data."
+        )
+
+
 def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     """Indices of per_class random samples of each class; of a class that has fewer, all of them."""
     chosen = []
@@ -81,35 +90,69 @@ def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     return torch.cat(chosen)
 
 
-def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
-    """Accuracy of each method that was asked for, in percent, the mean over draws of the labels."""
-    num_classes = int(max(labels.max(), truth.max())) + 1
+def _subsets(labels: Tensor, options: Probe) -> list[Tensor]:
+    """The training rows of each draw: all of them once, or few labels five times."""
     per_class = options.labels_per_class
     if per_class is not None:
         _check_enough(Counter(labels.tolist()), per_class)
     elif options.method == "fewshot":
         per_class = FEW_SHOTS
     if per_class is None:
-        subsets = [torch.arange(len(labels))]
-    else:
-        generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
-        subsets = [_few(labels, per_class, g) for g in generators]
-    methods = ("linear", "knn") if options.method is None else (options.method,)
-    scores: dict[str, list[float]] = {method: [] for method in methods}
-    for rows in subsets:
+        return [torch.arange(len(labels))]
+    generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
+    return [_few(labels, per_class, g) for g in generators]
+
+
+def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
+    """Accuracy of each method that was asked for, in percent, the mean over draws of the labels."""
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    ks = options.k or (NEIGHBOURS,)
+    scores: dict[str, list[float]] = {}
+
+    def score(name: str, predictions: Tensor) -> None:
+        scores.setdefault(name, []).append(accuracy(predictions, truth))
+
+    for rows in _subsets(labels, options):
         x, y = train[rows], labels[rows]
-        for method in methods:
-            if method == "fewshot":
-                predictions = fewshot_predict(x, y, test, num_classes)
-            elif method == "knn":
-                predictions = knn_predict(x, y, test, num_classes, options.k or NEIGHBOURS)
-            else:
-                # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
-                order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
-                penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
-                predictions = ridge_predict(x, y, test, num_classes, penalty)
-            scores[method].append(accuracy(predictions, truth))
-    return {method: sum(values) / len(values) for method, values in scores.items()}
+        if options.method == "fewshot":
+            score("fewshot", fewshot_predict(x, y, test, num_classes))
+        if options.method in ("linear", None):
+            # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
+            order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
+            penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
+            score("linear", ridge_predict(x, y, test, num_classes, penalty))
+        if options.method in ("knn", None):
+            if options.k is not None:
+                _check_neighbours(options.k, len(x))
+            for k, predictions in zip(ks, knn_predictions(x, y, test, num_classes, ks), strict=True):
+                score("knn" if len(ks) == 1 else f"knn, k = {k}", predictions)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def _check_options(options: Probe) -> None:
+    ks = options.k
+    if ks is not None and options.method not in (None, "knn"):
+        raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
+    if ks is not None and (not ks or min(ks) < 1):
+        raise ValueError(f"--k {' '.join(map(str, ks))}: at least one neighbour must vote.")
+    if ks is not None and len(set(ks)) < len(ks):
+        raise ValueError(f"--k {' '.join(map(str, ks))}: a number comes twice. Give each once.")
+    if options.labels_per_class is not None and options.labels_per_class < 1:
+        raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
+
+
+def _check_labels(options: Probe, samples: Samples) -> None:
+    """Refuse more labels or neighbours than there are, before the long part; a held-out share is only known after it."""
+    labels = [samples.source.label(i) for i in range(len(samples))]
+    available = Counter(label for label in labels if label is not None)
+    num_samples = available.total()
+    if options.test_data is None:
+        num_samples -= num_samples // 5
+    if options.labels_per_class is not None:
+        _check_enough(available, options.labels_per_class)
+        num_samples = min(num_samples, options.labels_per_class * len(available))
+    if options.k is not None:
+        _check_neighbours(options.k, num_samples)
 
 
 def _labelled(data: str, clip: Clip) -> Samples:
@@ -123,14 +166,9 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         For each kind of features, the accuracy of each method in percent, and the number of samples and labels.
 
     Raises:
-        ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
+        ValueError: the data has no labels, the classes differ, or there are fewer labels or neighbours than asked for.
     """
-    if options.k is not None and options.k < 1:
-        raise ValueError(f"--k {options.k}: at least one neighbour must vote.")
-    if options.k is not None and options.method not in (None, "knn"):
-        raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
-    if options.labels_per_class is not None and options.labels_per_class < 1:
-        raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
+    _check_options(options)
     device = pick_device(options.device)
     model, _ = load_model(options.run, device)
     clip = model.recipe.clip
@@ -146,9 +184,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
             "raw pixels": raw_pixels,
         }
 
-    if options.labels_per_class is not None:  # before the long part; a held-out share is only known after it
-        labels_there = [train_samples.source.label(i) for i in range(len(train_samples))]
-        _check_enough(Counter(label for label in labels_there if label is not None), options.labels_per_class)
+    _check_labels(options, train_samples)
     test_samples = None if options.test_data is None else _labelled(options.test_data, clip)
     if test_samples is not None and train_samples.source.classes != test_samples.source.classes:
         raise ValueError(
@@ -191,5 +227,5 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "labels_per_class": options.labels_per_class,
         "pool": options.pool or usual_pool(model.recipe),
         "time": options.time,
-        "k": options.k or NEIGHBOURS,
+        "k": list(options.k or (NEIGHBOURS,)),
     }
