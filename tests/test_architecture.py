@@ -60,6 +60,7 @@ FLOORS = {
     "spread": 6,
     "planning": 7,
     "gallery": 7,
+    "probing": 7,
     "sheet": 7,
     "train": 8,
     "tasks": 9,

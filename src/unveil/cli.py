@@ -152,7 +152,13 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples; "
         f"{classes} classes, so guessing gets about {100 / classes:.0f} %."
     )
-    titles = {"linear": "linear %", "knn": f"{result['k'][0]}-NN %", "fewshot": "few-shot %"}
+    lars = result["lars"]
+    if lars is not None:
+        crops = "augmented pictures" if lars["augment"] else "pictures as they are"
+        yield f"LARS: {lars['steps']} steps with {lars['batch_size']} {crops} each."
+        if lars["steps"] < FEW_STEPS:
+            yield "That is few; the published protocol takes some 7,000 on ImageNet. Give more --epochs."
+    titles = {"linear": "linear %", "knn": f"{result['k'][0]}-NN %", "fewshot": "few-shot %", "lars": "LARS %"}
     titles |= {f"knn, k = {k}": f"{k}-NN %" for k in result["k"]}
     methods = list(result["results"]["encoder"])
     yield f"{'features':<20}" + "".join(f"{titles[method]:>12}" for method in methods)

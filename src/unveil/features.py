@@ -70,6 +70,13 @@ def encoder_features(
     return features
 
 
+def untrained(recipe: Recipe, seed: int, device: torch.device | str = "cpu") -> MaskedDiffusionAutoencoder:
+    """The model as it is before training, drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaskedDiffusionAutoencoder(recipe).to(device).eval()
+
+
 def raw_pixels(clips: Tensor, indices: Tensor) -> Tensor:
     """Every value of a clip as its features, (B, C * T * H * W): the baseline of a probe."""
     return clips.flatten(1)
@@ -80,17 +87,18 @@ def extract(
     *functions: Features,
     device: str = "cpu",
     on_batch: Callable[[int], None] | None = None,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Read a source once and compute several kinds of features; on_batch is told how many samples come next.
 
     Returns:
-        One (n, D) on the CPU for each function, and labels (n,). Unreadable samples are left out of all of them.
+        One (n, D) on the CPU for each function, labels (n,) and the samples' indices (n,). Unreadable samples are left out of
+        all of them.
 
     Raises:
         ValueError: no sample could be read.
     """
     features: list[list[Tensor]] = [[] for _ in functions]
-    labels = []
+    labels, indices = [], []
     for batch in loader:
         if batch.clips is None:
             continue
@@ -98,8 +106,9 @@ def extract(
             on_batch(len(batch.clips))
         clips = batch.clips.to(device)
         labels.append(batch.labels)
+        indices.append(batch.indices)
         for kept, function in zip(features, functions, strict=True):
             kept.append(function(clips, batch.indices).float().cpu())
     if not labels:
         raise ValueError("No sample of the data can be read, so there is nothing to compute features of.")
-    return [torch.cat(kept) for kept in features], torch.cat(labels)
+    return [torch.cat(kept) for kept in features], torch.cat(labels), torch.cat(indices)
