@@ -22,6 +22,7 @@ from unveil.tasks.info import Info, info
 from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
+from unveil.tasks.segment import Segment, segment
 from unveil.train import Progress
 
 Command = (
@@ -30,13 +31,25 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Segment, tyro.conf.subcommand("segment")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
-COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "embed", "evaluate", "info", "convert")
+COMMANDS = (
+    "pretrain",
+    "finetune-generator",
+    "generate",
+    "inpaint",
+    "probe",
+    "segment",
+    "embed",
+    "evaluate",
+    "info",
+    "convert",
+)
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
 Pre-train on unlabelled pictures, probe the model's features, repaint with it, teach it classes and generate.
@@ -168,18 +181,35 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
 
 
-def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
-    whose = {"mean": "the mean of the patches", "class": "the mean of the class tokens", "patches": "all patches"}
-    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
-    labels = "without labels" if result["classes"] is None else f"labels of {len(result['classes'])} classes"
-    yield f"Features: {whose[result['pool']]}{noise}; {' x '.join(map(str, result['shape']))} values for a sample."
-    problems = result["problems"]
+def _tell_problems(problems: Sequence[dict[str, str]]) -> Iterator[str]:
     if problems:
         yield f"Files that could not be used: {len(problems)}."
     for problem in problems[:LISTED]:
         yield f"Skipped {problem['where']}: {problem['what']}."
     if len(problems) > LISTED:
         yield f"And {len(problems) - LISTED} more, which --json lists."
+
+
+def _tell_segment(result: dict[str, Any]) -> Iterator[str]:
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    yield f"A linear head on each patch{noise}: {result['epochs']} epochs over {result['train_pictures']} pictures."
+    yield (
+        f"{result['test_pictures']} test pictures, {result['num_classes']} classes; naming every pixel as the most common "
+        f"class gets {result['most_common']:.1f} % of them."
+    )
+    yield from _tell_problems(result["problems"])
+    yield f"{'features':<20}{'mIoU %':>12}{'pixels %':>12}"
+    for name, row in result["results"].items():
+        yield f"{name:<20}{row['miou']:>12.1f}{row['pixel_accuracy']:>12.1f}"
+    yield f"Pictures, truth and predictions: {result['out']}/contact_sheet.png. All numbers: {result['out']}/segment.json."
+
+
+def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
+    whose = {"mean": "the mean of the patches", "class": "the mean of the class tokens", "patches": "all patches"}
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    labels = "without labels" if result["classes"] is None else f"labels of {len(result['classes'])} classes"
+    yield f"Features: {whose[result['pool']]}{noise}; {' x '.join(map(str, result['shape']))} values for a sample."
+    yield from _tell_problems(result["problems"])
     for note, count in result["converted"].items():
         yield f"Converted pictures, of those that were read: {count} ({note})."
     yield f"Wrote {result['out']}: {result['samples']} samples, {labels}."
@@ -268,6 +298,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
+    Segment: (_counted(segment, "picture"), _tell_segment),
     Embed: (_counted(embed, "sample"), _tell_embed),
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),

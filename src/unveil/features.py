@@ -91,8 +91,8 @@ def extract(
     """Read a source once and compute several kinds of features; on_batch is told how many samples come next.
 
     Returns:
-        One (n, D) on the CPU for each function, labels (n,) and the samples' indices (n,). Unreadable samples are left out of
-        all of them.
+        One (n, D), or (n, N, D), on the CPU for each function, labels (n,) and the samples' indices (n,). Unreadable
+        samples are left out of all of them.
 
     Raises:
         ValueError: no sample could be read.

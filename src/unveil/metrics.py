@@ -118,6 +118,28 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels).double().mean().item()
 
 
+def confusion(predictions: Tensor, truth: Tensor, num_classes: int, ignore: int = 255) -> Tensor:
+    """How many pixels of each true class (row) were named as each class (column), (K, K) int64.
+
+    Args:
+        predictions, truth: classes, of one shape and any integer dtype; where truth is `ignore`, nothing is counted.
+    """
+    known = truth != ignore
+    pairs = truth[known].long() * num_classes + predictions[known].long()
+    return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def intersection_over_union(counts: Tensor) -> Tensor:
+    """IoU of each class from its `confusion`, (K,) float64: right pixels over those of the class or named so.
+
+    NaN for a class that has no pixel in the truth, so that a mean over the others is over the same classes for every
+    predictor.
+    """
+    counts = counts.double()
+    right, true, named = counts.diagonal(), counts.sum(1), counts.sum(0)
+    return torch.where(true > 0, right / (true + named - right), torch.nan)
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance between the Gaussians fitted to two sets of features.
 

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features that are trained by gradient: MAE's linear probe."""
+"""Linear heads on frozen features that are trained by gradient: MAE's linear probe, and one for every patch."""
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from unveil.optim import Lars, lr_factor
 LARS_BATCH = 16_384
 LARS_BASE_LR = 0.1
 LARS_WARMUP_EPOCHS = 10
+DENSE_LR = 1e-3  # ours
+IGNORE = 255  # of a label map: no class, not trained on and not scored
 
 
 def linear_head(dim: int, num_classes: int, seed: int) -> nn.Sequential:
@@ -67,3 +69,62 @@ class LarsProbe:
         self.head.eval()
         chunks = features.split(LARS_BATCH)
         return torch.cat([self.head(chunk.to(self.device)).argmax(1).cpu() for chunk in chunks])
+
+
+class DenseProbe:
+    """A linear segmentation probe: `linear_head` on every patch, its logits upsampled to pixels, trained by AdamW.
+
+    Cross entropy over the pixels that have a class; learning rate 1e-3, half a cosine to 0, no weight decay.
+
+    Args:
+        dim: width of the patch tokens.
+        grid: rows and columns of patches.
+        size: height and width of the label maps.
+        batch_size: pictures in a step.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        grid: tuple[int, int],
+        size: tuple[int, int],
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.grid, self.size, self.batch_size, self.seed, self.device = grid, size, batch_size, seed, device
+        self.head = linear_head(dim, num_classes, seed).to(device)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, K, H, W)."""
+        flat = self.head(tokens.to(self.device).flatten(0, 1))  # (B * N, K)
+        small = flat.unflatten(0, (len(tokens), *self.grid)).permute(0, 3, 1, 2)
+        return F.interpolate(small, self.size, mode="bilinear", align_corners=False)
+
+    def fit(self, tokens: Tensor, truth: Tensor, epochs: int) -> None:
+        """Train on tokens (n, N, D) and label maps (n, H, W), uint8."""
+        self.head.train()
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=DENSE_LR, weight_decay=0)
+        num_steps, step = epochs * -(-len(tokens) // self.batch_size), 0
+        for epoch in range(epochs):
+            order = torch.randperm(len(tokens), generator=draws.generator(self.seed, epoch, "order of pictures"))
+            for chosen in order.split(self.batch_size):
+                classes = truth[chosen].long().to(self.device)
+                # a sum, because the mean over a batch without a known pixel is no number
+                loss = F.cross_entropy(self._logits(tokens[chosen]), classes, ignore_index=IGNORE, reduction="sum")
+                loss = loss / (classes != IGNORE).sum().clamp(min=1)
+                for group in optimizer.param_groups:
+                    group["lr"] = DENSE_LR * lr_factor(step, num_steps, 0)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Classes (n, H, W), uint8, of tokens (n, N, D)."""
+        self.head.eval()
+        chunks = tokens.split(self.batch_size)
+        return torch.cat([self._logits(chunk).argmax(1).to(torch.uint8).cpu() for chunk in chunks])
