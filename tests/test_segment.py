@@ -103,8 +103,8 @@ def test_the_head_is_trained_on_upsampled_logits_of_known_pixels() -> None:
     truth[4] = 255
     ours = DenseProbe(4, 3, (2, 3), (8, 12), batch_size=2, seed=3)
     head = probing.linear_head(4, 3, 3)
-    ours.fit(tokens, truth, epochs=4)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0)
+    assert ours.fit(tokens, truth, epochs=4) == 12
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
     for epoch in range(4):
         order = torch.randperm(5, generator=draws.generator(3, epoch, "order of pictures"))
@@ -132,7 +132,8 @@ def test_the_head_finds_the_squares(run: Path, tmp_path: Path) -> None:
     assert list(result["results"]) == ["encoder", "untrained encoder", "raw pixels"]
     assert (result["train_pictures"], result["test_pictures"], result["num_classes"]) == (20, 6, 3)
     raw = result["results"]["raw pixels"]
-    assert raw["miou"] > 55
+    assert raw["miou"] > 75
+    assert result["steps"] == 600
     assert raw["pixel_accuracy"] > result["most_common"] + 5
     assert raw["miou"] == pytest.approx(np.mean(raw["iou"]))
     assert json.loads((tmp_path / "out" / "segment.json").read_text()) == result
@@ -201,7 +202,7 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_told(
     words = f"segment --run {run} --data {pictures} --labels {maps} --epochs 2 --device cpu --no-baselines --out"
     cli.main([*words.split(), str(tmp_path / "out")])
     out = capsys.readouterr().out
-    assert "2 epochs over 8 pictures" in out
+    assert "2 epochs over 8 pictures, 2 steps, which are few: give more --epochs.\n" in out
     assert "2 test pictures, 3 classes" in out
     assert "Files that could not be used: 2.\n" in out
     assert "Skipped part0/00.png: not a picture that Pillow can read.\n" in out

@@ -192,7 +192,11 @@ def _tell_problems(problems: Sequence[dict[str, str]]) -> Iterator[str]:
 
 def _tell_segment(result: dict[str, Any]) -> Iterator[str]:
     noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
-    yield f"A linear head on each patch{noise}: {result['epochs']} epochs over {result['train_pictures']} pictures."
+    few = ", which are few: give more --epochs" if result["steps"] < FEW_STEPS else ""
+    yield (
+        f"A linear head on each patch{noise}: {result['epochs']} epochs over {result['train_pictures']} pictures, "
+        f"{result['steps']} steps{few}."
+    )
     yield (
         f"{result['test_pictures']} test pictures, {result['num_classes']} classes; naming every pixel as the most common "
         f"class gets {result['most_common']:.1f} % of them."

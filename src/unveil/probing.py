@@ -1,5 +1,7 @@
 """Linear heads on frozen features that are trained by gradient: MAE's linear probe, and one for every patch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from unveil.optim import Lars, lr_factor
 LARS_BATCH = 16_384
 LARS_BASE_LR = 0.1
 LARS_WARMUP_EPOCHS = 10
-DENSE_LR = 1e-3  # ours
+DENSE_LR = 1e-2  # ours: at 1e-3, 600 steps leave coloured squares at a mIoU of 56, at 1e-2 and 3e-2 at 83
 IGNORE = 255  # of a label map: no class, not trained on and not scored
 
 
@@ -74,7 +76,7 @@ class LarsProbe:
 class DenseProbe:
     """A linear segmentation probe: `linear_head` on every patch, its logits upsampled to pixels, trained by AdamW.
 
-    Cross entropy over the pixels that have a class; learning rate 1e-3, half a cosine to 0, no weight decay.
+    Cross entropy over the pixels that have a class; learning rate 0.01, half a cosine to 0, no weight decay.
 
     Args:
         dim: width of the patch tokens.
@@ -103,11 +105,11 @@ class DenseProbe:
         small = flat.unflatten(0, (len(tokens), *self.grid)).permute(0, 3, 1, 2)
         return F.interpolate(small, self.size, mode="bilinear", align_corners=False)
 
-    def fit(self, tokens: Tensor, truth: Tensor, epochs: int) -> None:
-        """Train on tokens (n, N, D) and label maps (n, H, W), uint8."""
+    def fit(self, tokens: Tensor, truth: Tensor, epochs: int) -> int:
+        """Train on tokens (n, N, D) and label maps (n, H, W), uint8; returns the number of steps."""
         self.head.train()
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=DENSE_LR, weight_decay=0)
-        num_steps, step = epochs * -(-len(tokens) // self.batch_size), 0
+        num_steps, step = epochs * math.ceil(len(tokens) / self.batch_size), 0
         for epoch in range(epochs):
             order = torch.randperm(len(tokens), generator=draws.generator(self.seed, epoch, "order of pictures"))
             for chosen in order.split(self.batch_size):
@@ -121,6 +123,7 @@ class DenseProbe:
                 loss.backward()
                 optimizer.step()
                 step += 1
+        return num_steps
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
     Returns:
         "results": for each kind of features "miou" over the classes that the test maps have, "pixel_accuracy", and "iou" of
         each class, None where the test maps have it not; all in percent. "most_common", the share of the test pixels that
-        the class of most of them has. The numbers of pictures and classes, "problems" and "out".
+        the class of most of them has. The numbers of pictures, classes and steps, "problems" and "out".
 
     Raises:
         ValueError: a map is missing or wrong, or no pixel has a class. Maps are read before anything is encoded.
@@ -249,7 +249,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
     for what, found in (("training", maps[rows]), ("test", truth)):
         if (found == IGNORE).all():
             raise ValueError(f"No pixel of the {what} pictures' label maps has a class: all are {IGNORE}.")
-    results, predictions = {}, []
+    results, predictions, num_steps = {}, [], 0
     for name, x, z in zip(functions, train, test, strict=True):
         probe = DenseProbe(
             x.shape[-1],
@@ -260,7 +260,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
             seed=options.seed,
             device=device,
         )
-        probe.fit(x, maps[rows], options.epochs)
+        num_steps = probe.fit(x, maps[rows], options.epochs)
         predictions.append(probe.predict(z))
         results[name] = _scores(predictions[-1], truth, num_classes)
     known = truth[truth != IGNORE]
@@ -271,6 +271,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
         "test_pictures": len(truth),
         "num_classes": num_classes,
         "epochs": options.epochs,
+        "steps": num_steps,
         "time": options.time,
         "problems": [{"where": problem.where, "what": problem.reason} for problem in problems],
         "out": str(options.out),
