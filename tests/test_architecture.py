@@ -66,6 +66,7 @@ FLOORS = {
     "recognition_job": 8,
     "recognition_report": 7,
     "gallery": 7,
+    "probing": 7,
     "sheet": 7,
     "train": 8,
     "tasks": 9,

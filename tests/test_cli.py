@@ -419,6 +419,12 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         pytest.skip("there is no README.md")
     photos(tmp_path / "photos")
     photos(tmp_path / "others")
+    for path in (tmp_path / "photos").rglob("*.png"):  # a label map for each: dark and bright
+        with Image.open(path) as image:
+            values = (np.array(image.convert("L")) > 120).astype(np.uint8)
+        target = tmp_path / "maps" / path.relative_to(tmp_path / "photos")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(target)
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
     monkeypatch.setattr("unveil.sheet.SHEET_STEPS", 5)
     monkeypatch.chdir(tmp_path)
@@ -432,6 +438,8 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         outcome = unveil(command + few.get(command.split()[0], ""))
         assert outcome.code == 0, (command, outcome.err)
     assert (tmp_path / "painted" / "sheet.png").exists()
+    assert (tmp_path / "segmented" / "segment.json").exists()
+    assert pq.read_table(tmp_path / "photos.parquet").num_rows == 24
 
 
 # Refusals

@@ -1,8 +1,10 @@
 """Weights that describe themselves, and loading that says what is missing."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,21 +49,28 @@ class FromRun:
     """A run directory or a weights file."""
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call write(temporary path) and move the result into place, so that a crash leaves the old file or the new."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write into; it takes the place of `path` at the end, and is removed by an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     try:
-        write(Path(name))
+        yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # what the writers make of a full disk
-        Path(name).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}). Is the disk full?") from None
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call write(temporary path) and move the result into place, so that a crash leaves the old file or the new."""
+    with replacing(path) as part:
+        try:
+            write(part)
+        except (safetensors.SafetensorError, RuntimeError) as error:  # what the writers make of a full disk
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}). Is the disk full?") from None
 
 
 def save_weights(

@@ -14,6 +14,7 @@ from unveil import __version__
 from unveil.config import nearest
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
+from unveil.tasks.embed import Embed, embed
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.finetune import Finetune, finetune
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
@@ -23,6 +24,7 @@ from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
+from unveil.tasks.segment import Segment, segment
 from unveil.train import Progress
 
 Command = (
@@ -33,6 +35,8 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Segment, tyro.conf.subcommand("segment")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -46,6 +50,8 @@ COMMANDS = (
     "generate",
     "inpaint",
     "probe",
+    "segment",
+    "embed",
     "evaluate",
     "info",
     "convert",
@@ -58,6 +64,7 @@ Pre-train on unlabelled pictures, probe the model's features, fine-tune it on la
 
 
 FEW_STEPS = 1000  # digits are legible after some 1,300
+LISTED = 20  # files that could not be used
 
 
 def say(text: str) -> None:
@@ -196,13 +203,58 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
         f"Labels: {labels} of {result['train_samples']} training samples; {result['test_samples']} test samples; "
         f"{classes} classes, so guessing gets about {100 / classes:.0f} %."
     )
-    titles = {"linear": "linear %", "knn": f"{result['k']}-NN %", "fewshot": "few-shot %"}
+    lars = result["lars"]
+    if lars is not None:
+        crops = "augmented pictures" if lars["augment"] else "pictures as they are"
+        yield f"LARS: {lars['steps']} steps with {lars['batch_size']} {crops} each."
+        if lars["steps"] < FEW_STEPS:
+            yield "That is few; the published protocol takes some 7,000 on ImageNet. Give more --epochs."
+    titles = {"linear": "linear %", "knn": f"{result['k'][0]}-NN %", "fewshot": "few-shot %", "lars": "LARS %"}
+    titles |= {f"knn, k = {k}": f"{k}-NN %" for k in result["k"]}
     methods = list(result["results"]["encoder"])
     yield f"{'features':<20}" + "".join(f"{titles[method]:>12}" for method in methods)
     for name, row in result["results"].items():
         yield f"{name:<20}" + "".join(f"{row[method]:>12.1f}" for method in methods)
     if result["test_samples"] < 200:
         yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
+
+
+def _tell_problems(problems: Sequence[dict[str, str]]) -> Iterator[str]:
+    if problems:
+        yield f"Files that could not be used: {len(problems)}."
+    for problem in problems[:LISTED]:
+        yield f"Skipped {problem['where']}: {problem['what']}."
+    if len(problems) > LISTED:
+        yield f"And {len(problems) - LISTED} more, which --json lists."
+
+
+def _tell_segment(result: dict[str, Any]) -> Iterator[str]:
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    few = ", which are few: give more --epochs" if result["steps"] < FEW_STEPS else ""
+    yield (
+        f"A linear head on each patch{noise}: {result['epochs']} epochs over {result['train_pictures']} pictures, "
+        f"{result['steps']} steps{few}."
+    )
+    yield (
+        f"{result['test_pictures']} test pictures, {result['num_classes']} classes; naming every pixel as the most common "
+        f"class gets {result['most_common']:.1f} % of them."
+    )
+    yield from _tell_problems(result["problems"])
+    yield f"{'features':<20}{'mIoU %':>12}{'pixels %':>12}"
+    for name, row in result["results"].items():
+        yield f"{name:<20}{row['miou']:>12.1f}{row['pixel_accuracy']:>12.1f}"
+    yield f"Pictures, truth and predictions: {result['out']}/contact_sheet.png. All numbers: {result['out']}/segment.json."
+
+
+def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
+    whose = {"mean": "the mean of the patches", "class": "the mean of the class tokens", "patches": "all patches"}
+    noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
+    labels = "without labels" if result["classes"] is None else f"labels of {len(result['classes'])} classes"
+    yield f"Features: {whose[result['pool']]}{noise}; {' x '.join(map(str, result['shape']))} values for a sample."
+    yield from _tell_problems(result["problems"])
+    for note, count in result["converted"].items():
+        yield f"Converted pictures, of those that were read: {count} ({note})."
+    yield f"Wrote {result['out']}: {result['samples']} samples, {labels}."
 
 
 def _tell_evaluate(result: dict[str, Any]) -> Iterator[str]:
@@ -301,6 +353,8 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
+    Segment: (_counted(segment, "picture"), _tell_segment),
+    Embed: (_counted(embed, "sample"), _tell_embed),
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),

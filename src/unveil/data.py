@@ -7,7 +7,7 @@ for epoch in range(epochs):
     for batch in loader: ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ __all__ = [
     "Skipped",
     "Source",
     "batches",
+    "chosen_batches",
     "collate",
     "decoded_bytes",
     "open_source",
@@ -231,6 +232,20 @@ class Order(Sampler[list[tuple[int, int]]]):
         order = self._order(epoch).tolist()
         for batch in range(self.first_batch, len(self)):
             yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+def chosen_batches(
+    samples: Samples, indices: Sequence[int], batch_size: int, epoch: int, num_workers: int
+) -> DataLoader[Any]:
+    """A loader of `Batch` over these samples alone, in their order, as they are in that epoch."""
+    keys = [(epoch, index) for index in indices]
+    return DataLoader(
+        samples,
+        batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=draws.generator(samples.seed, "workers"),  # as in `batches`
+    )
 
 
 def batches(

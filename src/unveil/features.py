@@ -1,4 +1,4 @@
-"""Features of a source's samples, for probes."""
+"""Features of a source's samples, for probes and for files."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -14,6 +14,7 @@ from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule
 
 Pool = Literal["mean", "class"]
+Kept = Literal["mean", "class", "patches"]  # patches: every token, none pooled
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -23,14 +24,14 @@ def usual_pool(recipe: Recipe) -> Pool:
 
 
 def encoder_features(
-    model: MaskedDiffusionAutoencoder, pool: Pool | None = None, time: float = 0.0, seed: int = 0
+    model: MaskedDiffusionAutoencoder, pool: Kept | None = None, time: float = 0.0, seed: int = 0
 ) -> Features:
-    """The function from clips (B, C, T, H, W) and their indices (B,) to features (B, D).
+    """The function from clips (B, C, T, H, W) and their indices (B,) to features (B, D), or (B, N, D) of all patches.
 
     Whole clips through the encoder and its final norm; nothing is masked.
 
     Args:
-        pool: mean of the patch tokens, or of the class tokens; `usual_pool` if not given.
+        pool: mean of the patch tokens, or of the class tokens, or patches, all patch tokens; `usual_pool` if not given.
         time: 0, clean. Above, noise of that time is put on; the noise of clip i depends on (seed, i) alone.
 
     Raises:
@@ -38,7 +39,7 @@ def encoder_features(
     """
     recipe = model.recipe
     pool = pool or usual_pool(recipe)
-    check_choice("features", "pool", pool, Pool)
+    check_choice("features", "pool", pool, Kept)
     num_class_tokens = recipe.encoder.num_class_tokens
     if pool == "class" and not num_class_tokens:
         raise ValueError(f"This {recipe.name} has no class token. Use --pool mean.")
@@ -62,9 +63,18 @@ def encoder_features(
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clips)
             t = t.to(clips.device)
         encoded = model.encode(clips, t, noise)
+        if pool == "patches":
+            return encoded[:, num_class_tokens:]
         return (encoded[:, num_class_tokens:] if pool == "mean" else encoded[:, :num_class_tokens]).mean(1)
 
     return features
+
+
+def untrained(recipe: Recipe, seed: int, device: torch.device | str = "cpu") -> MaskedDiffusionAutoencoder:
+    """The model as it is before training, drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaskedDiffusionAutoencoder(recipe).to(device).eval()
 
 
 def raw_pixels(clips: Tensor, indices: Tensor) -> Tensor:
@@ -77,17 +87,18 @@ def extract(
     *functions: Features,
     device: str = "cpu",
     on_batch: Callable[[int], None] | None = None,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Read a source once and compute several kinds of features; on_batch is told how many samples come next.
 
     Returns:
-        One (n, D) on the CPU for each function, and labels (n,). Unreadable samples are left out of all of them.
+        One (n, D), or (n, N, D), on the CPU for each function, labels (n,) and the samples' indices (n,). Unreadable
+        samples are left out of all of them.
 
     Raises:
         ValueError: no sample could be read.
     """
     features: list[list[Tensor]] = [[] for _ in functions]
-    labels = []
+    labels, indices = [], []
     for batch in loader:
         if batch.clips is None:
             continue
@@ -95,8 +106,9 @@ def extract(
             on_batch(len(batch.clips))
         clips = batch.clips.to(device)
         labels.append(batch.labels)
+        indices.append(batch.indices)
         for kept, function in zip(features, functions, strict=True):
             kept.append(function(clips, batch.indices).float().cpu())
     if not labels:
         raise ValueError("No sample of the data can be read, so there is nothing to compute features of.")
-    return [torch.cat(kept) for kept in features], torch.cat(labels)
+    return [torch.cat(kept) for kept in features], torch.cat(labels), torch.cat(indices)

@@ -85,27 +85,59 @@ def choose_ridge(train: Tensor, labels: Tensor, num_classes: int, penalties: Seq
     return penalties[int(right.argmax())]
 
 
+def knn_predictions(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, ks: Sequence[int], temperature: float = 0.07
+) -> list[Tensor]:
+    """Weighted nearest neighbours by cosine, for several k at once: each of the k nearest votes exp(similarity / temperature).
+
+    Wu et al. 2018, arXiv 1805.01978, as DINO's evaluation has it. Same shapes as `ridge_predict`, one result for each k; a
+    k above the number of training rows takes all of them.
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predictions: list[list[Tensor]] = [[] for _ in ks]
+    for chunk in test.split(1024):
+        similarities = chunk @ train.T
+        for kept, k in zip(predictions, ks, strict=True):  # a topk each: of equal ones, topk's choice depends on k
+            similarity, nearest = similarities.topk(min(k, len(train)), dim=1)
+            votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64)
+            # minus 1 keeps the exponent in range and changes no order
+            votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).double().exp())
+            kept.append(votes.argmax(1))
+    return [torch.cat(kept) for kept in predictions]
+
+
 def knn_predict(
     train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float = 0.07
 ) -> Tensor:
-    """Weighted nearest neighbours by cosine: each of the k nearest votes exp(similarity / temperature).
-
-    Wu et al. 2018, arXiv 1805.01978, as DINO's evaluation has it. Same shapes as `ridge_predict`.
-    """
-    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    predictions = []
-    for chunk in test.split(1024):
-        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64)
-        # minus 1 keeps the exponent in range and changes no order
-        votes.scatter_add_(1, labels[nearest], ((similarity - 1) / temperature).double().exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+    """`knn_predictions` for one k."""
+    return knn_predictions(train, labels, test, num_classes, [k], temperature)[0]
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Share of right answers, in percent."""
     return 100 * (predictions == labels).double().mean().item()
+
+
+def confusion(predictions: Tensor, truth: Tensor, num_classes: int, ignore: int | None = None) -> Tensor:
+    """How many samples or pixels of each true class (row) were named as each class (column), (K, K) int64.
+
+    Args:
+        predictions, truth: classes, of one shape and any integer dtype; where truth is `ignore`, nothing is counted.
+    """
+    known = torch.ones_like(truth, dtype=torch.bool) if ignore is None else truth != ignore
+    pairs = truth[known].long() * num_classes + predictions[known].long()
+    return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def intersection_over_union(counts: Tensor) -> Tensor:
+    """IoU of each class from its `confusion`, (K,) float64: right pixels over those of the class or named so.
+
+    NaN for a class that has no pixel in the truth, so that a mean over the others is over the same classes for every
+    predictor.
+    """
+    counts = counts.double()
+    right, true, named = counts.diagonal(), counts.sum(1), counts.sum(0)
+    return torch.where(true > 0, right / (true + named - right), torch.nan)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -171,8 +203,3 @@ def laplacian_energy(clip: Tensor, hole: Tensor) -> Tensor:
     energy = laplacian.reshape(B, T, C, H, W).square().mean(2)  # (B, T, H, W)
     inside = hole.double()
     return (energy * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
-
-
-def confusion(predictions: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """How often each class (row) is told as each (column): two of (n,) to (K, K), int64."""
-    return torch.bincount(truth * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)

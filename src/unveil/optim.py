@@ -1,6 +1,7 @@
 """The optimiser, its learning rate, and running averages of the weights."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from unveil.config import LrSchedule, Training
 
 ADAM_BETA1 = 0.9
+LARS_MOMENTUM, LARS_TRUST = 0.9, 0.001
 
 
 def optimizer_for(model: nn.Module, training: Training) -> torch.optim.AdamW:
@@ -55,6 +57,35 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, schedule: LrSchedule
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+
+
+class Lars:
+    """LARS without weight decay: momentum over gradients whose length is a share of their weight's.
+
+    v = 0.9 v + g * 0.001 |w| / |g|, w = w - lr v; parameters of one dimension take g as it is. You et al. 2017, arXiv
+    1708.03888, as MAE's linear probe has it.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr = list(parameters), lr
+        self.momentum = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step with the learning rate lr * factor."""
+        for parameter, momentum in zip(self.parameters, self.momentum, strict=True):
+            assert parameter.grad is not None
+            gradient, trust = parameter.grad, torch.ones((), device=parameter.device)
+            if parameter.ndim > 1:
+                lengths = parameter.norm(), gradient.norm()
+                known = (lengths[0] > 0) & (lengths[1] > 0)
+                trust = torch.where(known, LARS_TRUST * lengths[0] / lengths[1], trust)
+            momentum.mul_(LARS_MOMENTUM).add_(gradient * trust)
+            parameter.sub_(momentum, alpha=self.lr * factor)
 
 
 def running_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -33,11 +33,12 @@ def _clipped(picture: Tensor) -> Tensor:
     return picture.clamp(0, 1) if picture.is_floating_point() else picture
 
 
-def fit(picture: Tensor, height: int, width: int) -> Tensor:
+def fit(picture: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
     """Resize so that the picture just covers (height, width) with its aspect kept, and cut out the centre.
 
     Args:
         picture: (T, C, H, W), uint8, or float in [0, 1].
+        nearest: take the nearest pixel, as for label maps, whose values must not be mixed; otherwise bicubic.
 
     Returns:
         (T, C, height, width) of the same dtype; `picture` itself if it already has that size.
@@ -54,7 +55,8 @@ def fit(picture: Tensor, height: int, width: int) -> Tensor:
     picture = F.center_crop(picture, [h, w])
     scale = max(height / h, width / w)
     size = [max(height, round(h * scale)), max(width, round(w * scale))]
-    picture = F.resize(picture, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    kind = InterpolationMode.NEAREST_EXACT if nearest else InterpolationMode.BICUBIC  # exact: centred as bicubic is
+    picture = F.resize(picture, size, interpolation=kind, antialias=True)
     return _clipped(F.center_crop(picture, [height, width]))
 
 

@@ -1,7 +1,8 @@
-"""How much of the labels the frozen features hold, by ridge regression and by nearest neighbours."""
+"""How much of the labels the frozen features hold: by ridge regression, nearest neighbours, or a trained linear layer."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,14 +12,15 @@ from torch import Tensor
 from unveil import draws
 from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.config import Clip
-from unveil.data import Samples, batches, source_for
-from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
-from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predict, ridge_predict
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.data import Samples, batches, chosen_batches, source_for
+from unveil.features import Pool, encoder_features, extract, raw_pixels, untrained, usual_pool
+from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predictions, ridge_predict
+from unveil.probing import LarsProbe
 
 NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FEW_LABEL_DRAWS = 5
+LARS_EPOCHS = 90
 FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
 
 
@@ -38,22 +40,29 @@ class Probe(FromRun):
     """Labelled test data with the same classes. Default: a random fifth of --data is held out."""
     labels_per_class: int | None = None
     """Train on this many labels of each class, mean of five draws. Default: on all."""
-    method: Literal["linear", "knn", "fewshot"] | None = None
+    method: Literal["linear", "knn", "fewshot", "lars"] | None = None
     """linear: ridge with a chosen penalty. knn: nearest neighbours. fewshot: UMD's closed-form ridge with its fixed penalty,
     on at most 100 labels of each class unless --labels-per-class says otherwise, the mean of five draws (UMD's own numbers
-    are of one). Default: linear and knn."""
+    are of one). lars: MAE's linear probe, a linear layer trained by LARS in batches of 16,384, for which --augment and
+    --pool class are the published protocol. Default: linear and knn."""
     pool: Pool | None = None
     """mean of the patch tokens, or of the class tokens. Default: what the recipe trains: class for UMD's family, else mean."""
     time: float = 0.0
     """Put noise of this time on the pictures first, but not for raw pixels. UMD's authors probe models that only ever saw
     noise (DiT, MaskDiT) at 51."""
-    k: int | None = None
-    """Neighbours that vote, for knn. Default 20."""
+    k: tuple[int, ...] | None = None
+    """Neighbours that vote, for knn, one number or several, as in --k 10 20 100 200; each votes with the weight
+    exp(cosine similarity / 0.07). Default 20, or all if there are fewer."""
+    epochs: int | None = None
+    """Epochs of lars. Default 90; fewer than 16,384 samples are a single step each, so that they want thousands of epochs."""
+    augment: bool = False
+    """For lars: encode new random crops, of 8 % of a picture or more, and mirror images in every epoch, as the published
+    protocol does, at the cost of reading and encoding the data once for each epoch. Default: encode once, without."""
     baselines: bool = True
     """Also probe raw pixels and the untrained encoder; of an encoder whose blocks start as the identity (adaLN-zero) the
     patches, since its class tokens are the same for every picture then."""
     seed: int = 0
-    """Draws the few labels, and the untrained encoder."""
+    """Draws the few labels, the untrained encoder, and the start, order and crops of lars."""
     batch_size: int = 256
     """Clips encoded at once; no effect on the result."""
     workers: int = 0
@@ -72,6 +81,14 @@ def _check_enough(available: Counter[int], per_class: int) -> None:
         )
 
 
+def _check_neighbours(ks: tuple[int, ...], num_samples: int) -> None:
+    """Refuse more neighbours than there are training samples."""
+    if max(ks) > num_samples:
+        raise ValueError(
+            f"--k {max(ks)}: only {num_samples} training samples can vote. Use {num_samples} or fewer neighbours, or more data."
+        )
+
+
 def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     """Indices of per_class random samples of each class; of a class that has fewer, all of them."""
     chosen = []
@@ -81,35 +98,113 @@ def _few(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     return torch.cat(chosen)
 
 
-def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
-    """Accuracy of each method that was asked for, in percent, the mean over draws of the labels."""
-    num_classes = int(max(labels.max(), truth.max())) + 1
+def _subsets(labels: Tensor, options: Probe) -> list[Tensor]:
+    """The training rows of each draw: all of them once, or few labels five times."""
     per_class = options.labels_per_class
     if per_class is not None:
         _check_enough(Counter(labels.tolist()), per_class)
     elif options.method == "fewshot":
         per_class = FEW_SHOTS
     if per_class is None:
-        subsets = [torch.arange(len(labels))]
-    else:
-        generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
-        subsets = [_few(labels, per_class, g) for g in generators]
-    methods = ("linear", "knn") if options.method is None else (options.method,)
-    scores: dict[str, list[float]] = {method: [] for method in methods}
-    for rows in subsets:
+        return [torch.arange(len(labels))]
+    generators = [draws.generator(options.seed, i, "few labels") for i in range(FEW_LABEL_DRAWS)]
+    return [_few(labels, per_class, g) for g in generators]
+
+
+def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options: Probe) -> dict[str, float]:
+    """Accuracy of each method that was asked for, in percent, the mean over draws of the labels."""
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    ks = options.k or (NEIGHBOURS,)
+    scores: dict[str, list[float]] = {}
+
+    def score(name: str, predictions: Tensor) -> None:
+        scores.setdefault(name, []).append(accuracy(predictions, truth))
+
+    for rows in _subsets(labels, options):
         x, y = train[rows], labels[rows]
-        for method in methods:
-            if method == "fewshot":
-                predictions = fewshot_predict(x, y, test, num_classes)
-            elif method == "knn":
-                predictions = knn_predict(x, y, test, num_classes, options.k or NEIGHBOURS)
-            else:
-                # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
-                order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
-                penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
-                predictions = ridge_predict(x, y, test, num_classes, penalty)
-            scores[method].append(accuracy(predictions, truth))
-    return {method: sum(values) / len(values) for method, values in scores.items()}
+        if options.method == "fewshot":
+            score("fewshot", fewshot_predict(x, y, test, num_classes))
+        if options.method in ("linear", None):
+            # shuffled, because the penalty is chosen on every fifth row and few labels come sorted by class
+            order = torch.randperm(len(x), generator=draws.generator(options.seed, "order"))
+            penalty = choose_ridge(x[order], y[order], num_classes, PENALTIES)
+            score("linear", ridge_predict(x, y, test, num_classes, penalty))
+        if options.method in ("knn", None):
+            if options.k is not None:
+                _check_neighbours(options.k, len(x))
+            for k, predictions in zip(ks, knn_predictions(x, y, test, num_classes, ks), strict=True):
+                score("knn" if len(ks) == 1 else f"knn, k = {k}", predictions)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def _check_options(options: Probe) -> None:
+    ks = options.k
+    if ks is not None and options.method not in (None, "knn"):
+        raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
+    if ks is not None and (not ks or min(ks) < 1):
+        raise ValueError(f"--k {' '.join(map(str, ks))}: at least one neighbour must vote.")
+    if ks is not None and len(set(ks)) < len(ks):
+        raise ValueError(f"--k {' '.join(map(str, ks))}: a number comes twice. Give each once.")
+    if options.method != "lars" and (options.epochs is not None or options.augment):
+        name = "--augment" if options.augment else f"--epochs {options.epochs}"
+        raise ValueError(f"{name} belongs to --method lars, but it is {options.method or 'linear and knn'}. Drop one.")
+    if options.epochs is not None and options.epochs < 1:
+        raise ValueError(f"--epochs {options.epochs}: train for at least one.")
+    if options.labels_per_class is not None and options.labels_per_class < 1:
+        raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
+
+
+def _check_labels(options: Probe, samples: Samples) -> int:
+    """How many samples will be trained on if all can be read.
+
+    Refuses more labels or neighbours than there are, before the long part; a held-out share is only known after it.
+    """
+    labels = [samples.source.label(i) for i in range(len(samples))]
+    available = Counter(label for label in labels if label is not None)
+    num_samples = available.total()
+    if options.test_data is None:
+        num_samples -= num_samples // 5
+    if options.labels_per_class is not None:
+        _check_enough(available, options.labels_per_class)
+        num_samples = min(num_samples, options.labels_per_class * len(available))
+    if options.k is not None:
+        _check_neighbours(options.k, num_samples)
+    return num_samples
+
+
+def _train_lars(
+    options: Probe,
+    names: Iterable[str],
+    train: list[Tensor],
+    labels: Tensor,
+    num_classes: int,
+    device: str,
+    fresh: Callable[[int, Tensor], list[Tensor]] | None,
+) -> dict[str, list[LarsProbe]]:
+    """A probe for each kind of features and each draw of the labels, all trained side by side.
+
+    fresh(epoch, rows) gives the features of augmented pictures at these rows.
+    """
+    subsets = _subsets(labels, options)
+    epochs = options.epochs or LARS_EPOCHS
+    used = torch.cat(subsets).unique()
+    if fresh is not None:
+        place = torch.full((len(labels),), -1)
+        place[used] = torch.arange(len(used))
+        subsets, labels = [place[rows] for rows in subsets], labels[used]
+    probes = {
+        name: [
+            LarsProbe(rows, x.shape[1], num_classes, epochs=epochs, seed=options.seed, device=device)
+            for rows in subsets
+        ]
+        for name, x in zip(names, train, strict=True)
+    }
+    for epoch in range(epochs):
+        features = train if fresh is None else fresh(epoch, used)
+        for trained, x in zip(probes.values(), features, strict=True):
+            for each in trained:
+                each.epoch(x, labels)
+    return probes
 
 
 def _labelled(data: str, clip: Clip) -> Samples:
@@ -120,17 +215,13 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     """Run `unveil probe`; on_progress is told the samples encoded and their number.
 
     Returns:
-        For each kind of features, the accuracy of each method in percent, and the number of samples and labels.
+        "results": for each kind of features, the accuracy of each method in percent; the number of samples and labels; and
+        how they were made. "lars": steps, batch size, and whether pictures were augmented, or None.
 
     Raises:
-        ValueError: the data has no labels, the classes differ, or there are fewer labels than asked for.
+        ValueError: the data has no labels, the classes differ, or there are fewer labels or neighbours than asked for.
     """
-    if options.k is not None and options.k < 1:
-        raise ValueError(f"--k {options.k}: at least one neighbour must vote.")
-    if options.k is not None and options.method not in (None, "knn"):
-        raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
-    if options.labels_per_class is not None and options.labels_per_class < 1:
-        raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
+    _check_options(options)
     device = pick_device(options.device)
     model, _ = load_model(options.run, device)
     clip = model.recipe.clip
@@ -138,17 +229,13 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}
     if options.baselines:
         pool_at_start = "mean" if model.recipe.condition.time == "adaln" else options.pool
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            untrained = MaskedDiffusionAutoencoder(model.recipe).to(device).eval()
+        at_start = untrained(model.recipe, options.seed, device)
         functions |= {
-            "untrained encoder": encoder_features(untrained, pool_at_start, options.time, options.seed),
+            "untrained encoder": encoder_features(at_start, pool_at_start, options.time, options.seed),
             "raw pixels": raw_pixels,
         }
 
-    if options.labels_per_class is not None:  # before the long part; a held-out share is only known after it
-        labels_there = [train_samples.source.label(i) for i in range(len(train_samples))]
-        _check_enough(Counter(label for label in labels_there if label is not None), options.labels_per_class)
+    num_train = _check_labels(options, train_samples)
     test_samples = None if options.test_data is None else _labelled(options.test_data, clip)
     if test_samples is not None and train_samples.source.classes != test_samples.source.classes:
         raise ValueError(
@@ -156,33 +243,64 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
             f"{test_samples.source.classes}. Use the same."
         )
     total = len(train_samples) + (0 if test_samples is None else len(test_samples))
+    if options.augment:
+        draws_of_labels = 1 if options.labels_per_class is None else FEW_LABEL_DRAWS
+        total += (options.epochs or LARS_EPOCHS) * min(num_train * draws_of_labels, len(train_samples))
     encoded = 0
 
     def count(num_samples: int) -> None:
         nonlocal encoded
         encoded += num_samples
         if on_progress is not None:
-            on_progress(encoded, total)
+            on_progress(min(encoded, total), total)
 
-    def features_of(samples: Samples) -> tuple[list[Tensor], Tensor]:
+    def features_of(samples: Samples) -> tuple[list[Tensor], Tensor, Tensor]:
         loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
-        features, classes = extract(loader, *functions.values(), device=device, on_batch=count)
+        features, classes, indices = extract(loader, *functions.values(), device=device, on_batch=count)
         labelled = classes >= 0  # a parquet file may have rows without a label
-        return [x[labelled] for x in features], classes[labelled]
+        return [x[labelled] for x in features], classes[labelled], indices[labelled]
 
-    train, labels = features_of(train_samples)
+    train, labels, indices = features_of(train_samples)
     if test_samples is None:
         held = torch.zeros(len(labels), dtype=torch.bool)
         held[torch.randperm(len(labels), generator=draws.generator(options.seed, "held out"))[: len(labels) // 5]] = (
             True
         )
         test, truth = [x[held] for x in train], labels[held]
-        train, labels = [x[~held] for x in train], labels[~held]
+        train, labels, indices = [x[~held] for x in train], labels[~held], indices[~held]
         if not len(truth):
             raise ValueError(f"{options.data} has {len(labels)} samples, too few to hold some out. Give --test-data.")
     else:
-        test, truth = features_of(test_samples)
-    results = {name: _scores(x, labels, z, truth, options) for name, x, z in zip(functions, train, test, strict=True)}
+        test, truth, _ = features_of(test_samples)
+
+    # as torchvision's RandomResizedCrop, and so MAE's linear probe, has it by default
+    training = dataclasses.replace(model.recipe.training, crop_scale=0.08, flip=True)
+    augmented = Samples(train_samples.source, clip, seed=options.seed, training=training)
+
+    def fresh(epoch: int, rows: Tensor) -> list[Tensor]:
+        wanted = indices[rows]
+        loader = chosen_batches(augmented, wanted.tolist(), options.batch_size, epoch, options.workers)
+        features, _, read = extract(loader, *functions.values(), device=device, on_batch=count)
+        if not torch.equal(read, wanted):
+            raise ValueError(
+                f"Samples of {options.data} can no longer be read, though they could before: has it moved?"
+            )
+        return features
+
+    lars = None
+    if options.method == "lars":
+        num_classes = int(max(labels.max(), truth.max())) + 1
+        probes = _train_lars(options, functions, train, labels, num_classes, device, fresh if options.augment else None)
+        results = {}
+        for (name, trained), x in zip(probes.items(), test, strict=True):
+            scores = [accuracy(each.predict(x), truth) for each in trained]
+            results[name] = {"lars": sum(scores) / len(scores)}
+        one = probes["encoder"][0]
+        lars = {"steps": one.num_steps, "batch_size": one.batch_size, "augment": options.augment}
+    else:
+        results = {
+            name: _scores(x, labels, z, truth, options) for name, x, z in zip(functions, train, test, strict=True)
+        }
     return {
         "results": results,
         "train_samples": len(labels),
@@ -191,5 +309,6 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "labels_per_class": options.labels_per_class,
         "pool": options.pool or usual_pool(model.recipe),
         "time": options.time,
-        "k": options.k or NEIGHBOURS,
+        "k": list(options.k or (NEIGHBOURS,)),
+        "lars": lars,
     }
