@@ -26,6 +26,7 @@ class About:
 
     ema_decay: of the running average that the weights are; None for weights as trained. data: what it was trained on, as
     given by the user. classes: their names, of a model with classes. num_steps: how many the run is to have; None if not known.
+    parts: () if the whole model is in the file; ("encoder",) if nothing else is.
     """
 
     step: int
@@ -35,6 +36,7 @@ class About:
     command: str
     classes: tuple[str, ...] = ()
     num_steps: int | None = None
+    parts: tuple[str, ...] = ()
     version: str = __version__
 
 
@@ -108,7 +110,8 @@ def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, .
     try:
         recipe = recipe_from_dict(json.loads(metadata["recipe"]))
         described = json.loads(metadata["about"])
-        about = About(**{**described, "classes": tuple(described.get("classes", ()))})
+        lists = {name: tuple(described.get(name, ())) for name in ("classes", "parts")}
+        about = About(**{**described, **lists})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a header that this version ({__version__}) cannot read: {error}") from None
     return recipe, about, shapes
@@ -150,13 +153,31 @@ def pick_device(device: str | None) -> str:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
-    """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
+    """Build the model that a weights file describes and fill it; every tensor must be there and fit.
+
+    Raises:
+        ValueError: the file does not fit its own description, or holds an encoder only.
+    """
+    _, about, _ = read_header(path)
+    if about.parts:
+        raise ValueError(
+            f"{find_weights(path)} holds an encoder only, so it cannot paint or be trained on as it is. Use it for probe or "
+            "embed, or start a pre-training from it with `unveil pretrain --init`."
+        )
+    return load_encoder(path, device)
+
+
+def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
+    """As `load_model`, for who asks nothing of the model but `encode`: the file may hold an encoder only.
+
+    Of such a file the model has no decoder and no head, and refuses to predict.
+    """
     recipe, about, found = read_header(path)
+    file = find_weights(path)
     with torch.random.fork_rng(
         devices=[]
     ):  # its first weights are thrown away, so nobody's draws shall change for them
-        model = MaskedDiffusionAutoencoder(recipe)
-    file = find_weights(path)
+        model = MaskedDiffusionAutoencoder(recipe, about.parts)
     check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
     tensors = safetensors.torch.load_file(file)
     for name, value in tensors.items():

@@ -203,6 +203,7 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "file": result["file"],
         "recipe": f"{recipe['name']} {recipe['size']}",
         "trains on": "; ".join(_tell_branch(branch) for branch in recipe["branches"]),
+        "parts": "the encoder only, for probe, embed and `unveil pretrain --init`",
         "can": ", ".join(result["can"]),
         "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} "
         f"{'pixels' if clip['bounded'] else 'latents'}, "
@@ -210,7 +211,7 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "classes": _tell_classes(recipe["condition"]["num_classes"], about["classes"]),
         "normalisation": f"mean {clip['mean']}, std {clip['std']}",
         "parameters": f"{total:,} ({parts})",
-        "multiply-adds": f"{result['multiply_adds_per_clip'] / 1e6:,.1f} million for one masked clip, forward",
+        "multiply-adds": f"{(result['multiply_adds_per_clip'] or 0) / 1e6:,.1f} million for one masked clip, forward",
         "trained on": about["data"],
         "trained for": f"{about['step']:,} {steps}, {about['images_seen']:,} images",
         "weights": "as trained"
@@ -220,6 +221,8 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "version": about["version"],
         "tensors": "all there" if not missing else f"{len(missing)} are missing, the first is {missing[0]!r}",
     }
+    for name in ("trains on", "multiply-adds") if about["parts"] else ("parts",):
+        del lines[name]  # how an encoder alone was trained is not known
     for name, value in lines.items():
         yield f"{name:<15}{value}"
 

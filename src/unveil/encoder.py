@@ -25,7 +25,7 @@ class Encoder(nn.Module):
     """Parameter names are timm's ViT's; fixed positions are made from the grid and not saved.
 
     Args:
-        num_class_tokens, class_token_init, norm, mlp, qk_norm, positions: as in `unveil.config`.
+        num_class_tokens, class_token_init, norm, norm_eps, mlp, qk_norm, positions: as in `unveil.config`.
         time: how the condition enters: "none", "add", "token" or "adaln".
         final_norm: whether the last block's output is normalised here; otherwise whoever reads it does.
         label_tokens_from: the block that tokens of the class join at, counted from 1.
@@ -42,6 +42,7 @@ class Encoder(nn.Module):
         num_class_tokens: int = 1,
         class_token_init: str = "normal",
         norm: str = "layer",
+        norm_eps: float = 1e-6,
         mlp: str = "gelu",
         qk_norm: bool = False,
         positions: str = "sincos",
@@ -58,9 +59,10 @@ class Encoder(nn.Module):
         self.positions = PositionTable(positions, embed_dim, num_heads, grid)
         cond_dim = embed_dim if time == "adaln" else None
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, norm=norm, mlp=mlp, qk_norm=qk_norm, cond_dim=cond_dim) for _ in range(depth)
+            Block(embed_dim, num_heads, norm=norm, norm_eps=norm_eps, mlp=mlp, qk_norm=qk_norm, cond_dim=cond_dim)
+            for _ in range(depth)
         )
-        self.norm = norm_layer(norm, embed_dim) if final_norm else None
+        self.norm = norm_layer(norm, embed_dim, norm_eps) if final_norm else None
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """The model: one encoder, one decoder, one head, and what they can do: encode, predict, denoise, reconstruct."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,28 @@ Guidance = Callable[[float], float]
 Predictions = dict[str, dict[str, Tensor]]
 
 
+class Absent(nn.Module):
+    """Stands where an encoder-only model has no decoder or no head. It has no weights, and refuses to be run."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "This model is an encoder only, so it predicts nothing: it cannot paint or be trained on. Use it for probe or "
+            "embed, or to start a pre-training from."
+        )
+
+    prepare = forward
+
+
 class MaskedDiffusionAutoencoder(nn.Module):
     """What a `Recipe` describes. Clips are (B, C, T, H, W), in [0, 1] if they are bounded; tokens are normalised.
 
+    Args:
+        parts: () for the whole model; ("encoder",) for an encoder only, which `encode` alone can be asked of. That is for an
+            encoder with a norm of its own that is told no time.
+
     Attributes:
         recipe: the whole config.
+        parts: as given.
         schedule: of the noise; None for a model without noise.
         low, high: the range of each value of a token, (P,): the normalised 0 and 1; of unbounded clips, infinite.
     """
@@ -33,15 +51,28 @@ class MaskedDiffusionAutoencoder(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, parts: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.recipe = recipe
+        if parts not in ((), ("encoder",)):
+            raise ValueError(f"A model has parts={parts!r}; that is () for all of it, or ('encoder',).")
+        if parts and (recipe.decoder is None or recipe.time_in_encoder):
+            raise ValueError(
+                f"The encoder of this {recipe.name} computes nothing without the model's other parts, which tell it the time "
+                "or hold its last norm. Take the whole model."
+            )
+        self.recipe, self.parts = recipe, parts
         clip, e, d, net, told = recipe.clip, recipe.encoder, recipe.decoder, recipe.network, recipe.condition
         self.schedule = make_schedule(recipe.schedule.kind, recipe.schedule.rho) if recipe.schedule else None
-        blocks = {"norm": net.norm, "mlp": net.mlp, "qk_norm": net.qk_norm, "positions": net.positions}
+        blocks: dict[str, Any] = {
+            "norm": net.norm,
+            "norm_eps": net.norm_eps,
+            "mlp": net.mlp,
+            "qk_norm": net.qk_norm,
+            "positions": net.positions,
+        }
         cond_dim = 0
         self.condition = None
-        if told.time != "none":
+        if told.time != "none" and not parts:
             assert recipe.time_in_encoder or d is not None
             cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
             self.condition = Condition(
@@ -65,8 +96,9 @@ class MaskedDiffusionAutoencoder(nn.Module):
             **blocks,
         )
         self.taps = d.taps if d else (e.depth,)
-        self.decoder = None
-        if d is not None:
+        # typed as what it stands for, which nobody who only encodes asks for
+        self.decoder: Decoder | None = cast(Decoder, Absent()) if parts else None
+        if d is not None and not parts:
             self.decoder = Decoder(
                 kind=d.kind,
                 grid=clip.grid,
@@ -84,13 +116,18 @@ class MaskedDiffusionAutoencoder(nn.Module):
                 cond_dim=cond_dim,
                 **blocks,
             )
-        self.head = Head(
-            d.embed_dim if d else e.embed_dim,
-            clip.token_dim,
-            recipe.heads,
-            norm=net.norm,
-            init=net.head_init,
-            cond_dim=cond_dim if told.time == "adaln" else None,
+        self.head: Head = (
+            cast(Head, Absent())
+            if parts
+            else Head(
+                d.embed_dim if d else e.embed_dim,
+                clip.token_dim,
+                recipe.heads,
+                norm=net.norm,
+                norm_eps=net.norm_eps,
+                init=net.head_init,
+                cond_dim=cond_dim if told.time == "adaln" else None,
+            )
         )
         mean, std = torch.tensor(clip.mean), torch.tensor(clip.std)
         self.register_buffer("mean", mean.reshape(-1, 1, 1, 1), persistent=False)
@@ -106,6 +143,8 @@ class MaskedDiffusionAutoencoder(nn.Module):
         recipe = self.recipe
         noisy = recipe.branch_on("hidden")
         abilities = {"represent"}
+        if self.parts:
+            return frozenset(abilities)
         if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio == 1):
             abilities.add("generate")
         if recipe.noise_on == "visible" or (noisy and noisy.mask_ratio < 1) or recipe.reconstructs:

@@ -30,13 +30,13 @@ def info(options: Info) -> dict[str, Any]:
         part = name.split(".")[0]
         parts[part] = parts.get(part, 0) + count
     with torch.device("meta"):  # names and shapes, no memory
-        expected = MaskedDiffusionAutoencoder(recipe)
+        expected = MaskedDiffusionAutoencoder(recipe, about.parts)
     return {
         "file": str(find_weights(options.run)),
         "can": sorted(expected.can),
         "parameters": parts,
         "missing_tensors": sorted(expected.state_dict().keys() - shapes.keys()),
-        "multiply_adds_per_clip": masked_step(recipe).forward,
+        "multiply_adds_per_clip": None if about.parts else masked_step(recipe).forward,
         "about": to_dict(about),
         "recipe": to_dict(recipe),
     }

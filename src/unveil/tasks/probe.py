@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import FromRun, load_model, pick_device
+from unveil.checkpoint import FromRun, load_encoder, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, usual_pool
@@ -132,7 +132,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     if options.labels_per_class is not None and options.labels_per_class < 1:
         raise ValueError(f"--labels-per-class {options.labels_per_class}: train on at least one of each class.")
     device = pick_device(options.device)
-    model, _ = load_model(options.run, device)
+    model, _ = load_encoder(options.run, device)
     clip = model.recipe.clip
     train_samples = _labelled(options.data, clip)
     functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}
