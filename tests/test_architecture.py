@@ -64,6 +64,7 @@ FLOORS = {
     "optim": 6,
     "spread": 6,
     "planning": 7,
+    "export": 7,
     "gallery": 7,
     "sheet": 7,
     "train": 8,

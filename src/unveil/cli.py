@@ -15,6 +15,7 @@ from unveil.config import nearest
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.export import Export, export
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.generate import Generate, generate
 from unveil.tasks.info import Info, info
@@ -32,9 +33,10 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
-COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "evaluate", "info", "convert")
+COMMANDS = ("pretrain", "finetune-generator", "generate", "inpaint", "probe", "evaluate", "info", "convert", "export")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
 Pre-train on unlabelled pictures, probe the model's features, repaint with it, teach it classes and generate.
@@ -238,6 +240,12 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
     yield from result["notices"]
 
 
+def _tell_export(result: dict[str, Any]) -> Iterator[str]:
+    yield f"Wrote {result['out']}: the encoder of {result['recipe']}. It is loaded by"
+    yield f"  {result['load']}"
+    yield from result["notices"]
+
+
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Pretrain: (_training(pretrain), _tell_training),
     FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
@@ -247,6 +255,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),
+    Export: (export, _tell_export),
 }
 
 

@@ -89,7 +89,7 @@ class Encoder(nn.Module):
             assert cond is not None
             x = x + cond[:, None]
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         length = x.shape[1]  # label tokens come last, and never leave
         rotation = self.positions.rotation(visible, self.num_class_tokens)
         outputs = {}

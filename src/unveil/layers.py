@@ -288,7 +288,7 @@ class Condition(nn.Module):
     def _row(self, t: Tensor, labels: Tensor | None) -> Tensor:
         assert self.label_embed is not None
         if labels is None:
-            labels = torch.full((len(t),), self.num_classes, device=t.device)
+            labels = torch.full((t.shape[0],), self.num_classes, device=t.device)
         row = self.label_embed(labels)
         return row if self.label is None else self.label(row)
 

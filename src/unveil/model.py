@@ -177,7 +177,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
         if self.condition is None:
             return None, None
         if t is None or self.schedule is None:
-            t = torch.zeros(len(x), device=x.device)
+            t = torch.zeros(x.shape[0], device=x.device)
         else:
             t = self.schedule.network_time(t)
         return self.condition(t, labels)
@@ -208,7 +208,7 @@ class MaskedDiffusionAutoencoder(nn.Module):
                 )
             assert noise is not None
             x = add_noise(x, noise, *self.schedule.rates(t))
-        everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)  # len() would fix a graph's batch
         (encoded,), _ = self._encode(x, everything, (self.recipe.encoder.depth,), t, None)
         return encoded if self.decoder is not None else self.head.norm(encoded)
 
