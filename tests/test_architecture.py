@@ -63,6 +63,7 @@ FLOORS = {
     "rundir": 6,
     "optim": 6,
     "spread": 6,
+    "start": 6,
     "planning": 7,
     "export": 7,
     "gallery": 7,

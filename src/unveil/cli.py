@@ -111,21 +111,24 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
     if result["skipped"] or result["converted"]:
         yield f"They are listed in {result['out']}/problems.jsonl."
     if result["finished"] and result["num_steps"] < FEW_STEPS:
-        little = "noisy samples" if "start" in result else "little but colours"
+        little = "noisy samples" if "num_classes" in result else "little but colours"
         yield f"{result['num_steps']} steps are few: expect {little}. Give more --epochs, or a smaller --batch-size."
     yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
 
 
-def _tell_finetune_generator(result: dict[str, Any]) -> Iterator[str]:
+def _tell_start(result: dict[str, Any]) -> Iterator[str]:
+    """Of a training that started from other weights."""
     if not result["resumed"]:
-        yield (
-            f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its; classes: "
-            f"{result['num_classes']}."
-        )
+        classes = f"; classes: {result['num_classes']}" if "num_classes" in result else ""
+        yield f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its{classes}."
         yield f"New, and drawn at random: {', '.join(result['fresh']) or 'nothing'}."
         if result["dropped"]:
             yield f"Left behind: {', '.join(result['dropped'])}."
     yield from _tell_training(result)
+
+
+def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
+    yield from _tell_start(result) if "start" in result else _tell_training(result)
 
 
 def _tell_generate(result: dict[str, Any]) -> Iterator[str]:
@@ -247,8 +250,8 @@ def _tell_export(result: dict[str, Any]) -> Iterator[str]:
 
 
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
-    Pretrain: (_training(pretrain), _tell_training),
-    FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
+    Pretrain: (_training(pretrain), _tell_pretrain),
+    FinetuneGenerator: (_training(finetune_generator), _tell_start),
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
