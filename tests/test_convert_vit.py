@@ -226,6 +226,15 @@ def test_a_preprocessors_normalisation_comes_along(tmp_path: Path) -> None:
     assert (given.recipe.clip.mean, given.recipe.clip.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    theirs = hf_mae(norm_pix_loss=True).half()
+    folder = saved(tmp_path / "hf", theirs)
+    assert safetensors.torch.load_file(folder / "model.safetensors")["vit.layernorm.bias"].dtype == torch.float16
+    model, result = converted(tmp_path, folder)
+    assert any("Compared with transformers" in notice for notice in result["notices"])
+    compare_whole(theirs.float(), model)
+
+
 # MAE's own files
 
 
@@ -464,6 +473,15 @@ def test_what_computes_something_else_is_refused(tmp_path: Path, monkeypatch: py
         converted(tmp_path, file.parent, num_heads=4, check=True)
     _, result = converted(tmp_path, file.parent, num_heads=4)
     assert result["notices"][-1] == "Not compared with timm, which is not installed."
+
+
+def test_a_config_of_another_network_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    safetensors.torch.save_file(timm_vit().state_dict(), tmp_path / "timm" / "model.safetensors")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    with pytest.raises(ValueError, match=r"timm cannot build what config\.json describes from these tensors \(Error"):
+        converted(tmp_path, tmp_path / "timm", num_heads=4)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_the_comparison_sees_a_changed_weight(tmp_path: Path) -> None:

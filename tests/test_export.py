@@ -26,7 +26,7 @@ from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
 from unveil.cli import main
 from unveil.config import Network
 from unveil.convert_vit import Told, from_vit
-from unveil.export import TIMM_NAMES, EncoderGraph, to_timm
+from unveil.export import TIMM_NAMES, EncoderGraph, to_timm, write_onnx
 from unveil.features import encoder_features
 from unveil.masking import Mask, gather
 from unveil.model import MaskedDiffusionAutoencoder
@@ -323,6 +323,14 @@ def test_onnx_refuses_without_its_libraries(tmp_path: Path, monkeypatch: pytest.
         ValueError, match=r"--to onnx needs onnx, which is not installed. Run pip install 'unveil\[export\]'"
     ):
         export(Export(run=tmp_path, to="onnx", out=tmp_path / "x.onnx"))
+
+
+def test_onnx_refuses_what_one_file_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unveil.export.importlib.util.find_spec", lambda name: True)
+    with torch.device("meta"):
+        model = MaskedDiffusionAutoencoder(recipes.mae("H/14"))
+    with pytest.raises(ValueError, match=r"the encoder's weights are 2\.5 GB, and one file holds 1\.5 GB of them"):
+        write_onnx(tmp_path / "x.onnx", model)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

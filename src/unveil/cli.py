@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unveil import __version__
 from unveil.config import nearest
+from unveil.foreign import NAMES
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.evaluate import Evaluate, evaluate
@@ -236,7 +237,7 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
     recipe = result["recipe"]
     yield (
         f"Wrote {result['out']}: {recipe['name']} {recipe['size']}, {result['parameters']:,} parameters, from "
-        f"{len(result['used'])} tensors of {result['kind'].upper()}'s names."
+        f"{len(result['used'])} tensors of {NAMES[result['kind']]}'s names."
     )
     for reason, count in Counter(result["left"].values()).items():
         yield f"Tensors left out: {count} ({reason})."

@@ -30,6 +30,9 @@ TIMM_NAMES = {
 }
 TIMM_BASE = "vit_base_patch16_224"
 OPSET = 18
+LARGEST_GRAPH = (
+    1_500_000_000  # bytes; beyond about this torch writes the weights to a second file, and protobuf ends at 2 GiB
+)
 
 
 def check_plain(model: MaskedDiffusionAutoencoder, to: str) -> None:
@@ -241,6 +244,12 @@ def write_onnx(path: Path, model: MaskedDiffusionAutoencoder) -> None:
     for library in ("onnx", "onnxscript"):
         if not importlib.util.find_spec(library):
             raise ValueError(f"--to onnx needs {library}, which is not installed. Run pip install 'unveil[export]'.")
+    num_bytes = sum(4 * parameter.numel() for parameter in model.encoder.parameters())
+    if num_bytes > LARGEST_GRAPH:
+        raise ValueError(
+            f"--to onnx: the encoder's weights are {num_bytes / 1e9:.1f} GB, and one file holds {LARGEST_GRAPH / 1e9:.1f} GB "
+            "of them. Use --to timm or --to hf."
+        )
     clip = model.recipe.clip
     frames = (clip.frames,) if clip.frames > 1 else ()
     pixels = torch.rand(2, clip.channels, *frames, clip.height, clip.width)

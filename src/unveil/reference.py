@@ -64,6 +64,9 @@ def _hf_difference(
     x: Tensor,
 ) -> float:
     from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     recipe = model.recipe
     clip, e, d = recipe.clip, recipe.encoder, recipe.decoder
@@ -77,9 +80,10 @@ def _hf_difference(
         "num_channels": clip.channels,
         "layer_norm_eps": recipe.network.norm_eps,
         **config,
+        "dtype": "float32",
     }
     if model.parts:
-        plain = {name.removeprefix("vit."): value for name, value in tensors.items()}
+        plain = {name.removeprefix("vit."): value.float() for name, value in tensors.items()}
         theirs = ViTModel.from_pretrained(
             None, config=ViTConfig(**sizes), state_dict=plain, add_pooling_layer="pooler.dense.weight" in plain
         )
@@ -92,7 +96,9 @@ def _hf_difference(
         "decoder_intermediate_size": 4 * d.embed_dim,
     }
     whole = ViTMAEForPreTraining.from_pretrained(
-        None, config=ViTMAEConfig(**{**decoder, **sizes}), state_dict=dict(tensors)
+        None,
+        config=ViTMAEConfig(**{**decoder, **sizes}),
+        state_dict={name: value.float() for name, value in tensors.items()},
     )
     noise = torch.rand(len(x), clip.num_tokens, generator=torch.Generator().manual_seed(1))
     result = whole.eval()(pixel_values=x, noise=noise)

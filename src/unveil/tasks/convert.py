@@ -152,7 +152,13 @@ def _check_against(
     library: str, model: MaskedDiffusionAutoencoder, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> str:
     """What to say of the comparison with the original's own library."""
-    difference, what = largest_difference(model, tensors, config)
+    try:
+        difference, what = largest_difference(model, tensors, config)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{library} cannot build what config.json describes from these tensors ({str(error).splitlines()[0]}), so nothing "
+            "was written. --no-check converts it all the same."
+        ) from None
     if not difference <= TOLERANCE:
         raise ValueError(
             f"The converted model's {what} differ from {library}'s by {difference:.2g}, which is more than {TOLERANCE:g}, so "
