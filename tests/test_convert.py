@@ -623,6 +623,7 @@ def test_convert_writes_a_model(tmp_path: Path, kind: Any, suffix: str) -> None:
     assert result == {
         "out": str(out),
         "kind": kind,
+        "parts": [],
         "recipe": to_dict(recipe),
         "ema_decay": None,
         "parameters": sum(p.numel() for p in model.parameters()),
