@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from small import VARIANTS, shipped
+from timm.models.vision_transformer import VisionTransformer
 
 import unveil
 from unveil import config, recipes, sizes
 from unveil import recipe as recipe_module
 from unveil.config import Branch, Clip, Condition, Decoder, Encoder, Network, Schedule, Term, Training
+from unveil.convert_vit import Told, from_vit, read_config
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe, recipe_from_dict, to_dict
 
@@ -53,18 +55,23 @@ FLOORS = {
     "model": 4,
     "losses": 5,
     "checkpoint": 5,
+    "foreign": 5,
     "classifier": 6,
     "convert": 6,
+    "convert_vit": 6,
+    "reference": 6,
     "features": 6,
     "pipeline": 6,
     "report": 6,
     "rundir": 6,
     "optim": 6,
     "spread": 6,
+    "start": 6,
     "planning": 7,
     "recognizer": 7,
     "recognition_job": 8,
     "recognition_report": 7,
+    "export": 7,
     "gallery": 7,
     "probing": 7,
     "sheet": 7,
@@ -154,7 +161,21 @@ def sections(value: Any) -> Iterator[Any]:
                 yield from sections(item)
 
 
+# Fields that no shipped recipe needs, but weights of others: converting two of them must give two values.
+CARRIED = {(Network, "norm_eps")}
 SHIPPED = [section for variant in VARIANTS for section in sections(shipped(variant))]
+
+
+def converted(tensors: dict[str, torch.Tensor], **said: Any) -> Recipe:
+    return from_vit(tensors, kind="vit", given=Told(num_heads=4), config=read_config(said, {}))[0]
+
+
+VIT = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4, num_classes=0).state_dict()
+CONVERTED = [
+    section
+    for recipe in (converted(VIT), converted(VIT, model_type="vit", layer_norm_eps=1e-12))
+    for section in sections(recipe)
+]
 
 
 def test_every_section_is_looked_at() -> None:
@@ -170,7 +191,8 @@ def test_every_section_is_looked_at() -> None:
     ids=[f"{section.__name__}.{name}" for section, name in FIELDS],
 )
 def test_two_recipes_disagree_about_every_field(section: type, name: str) -> None:
-    values = {getattr(s, name) for s in SHIPPED if isinstance(s, section)}
+    known = [*SHIPPED, *CONVERTED] if (section, name) in CARRIED else SHIPPED
+    values = {getattr(s, name) for s in known if isinstance(s, section)}
     assert len(values) >= 2, f"every recipe has {section.__name__}.{name}={values}"
 
 
@@ -407,6 +429,10 @@ REFUSALS: list[tuple[Callable[[], object], str]] = [
         "summary='mean' with kind='cross', which reads",
     ),
     (built(Network, {}, norm="batch"), "Network has norm='batch', which does not exist."),
+    *[
+        (built(Network, {}, norm_eps=eps), f"Network has norm_eps={eps}; it must be above 0, and below 1.")
+        for eps in (0.0, -1e-6, 1.0, math.nan)
+    ],
     (built(Network, {}, mlp="relu"), "Network has mlp='relu', which does not exist."),
     (built(Network, {}, positions="rotatory"), "positions='rotatory', which does not exist. Did you mean 'rotary'?"),
     (built(Network, {}, head_init="zero"), "head_init='zero', which does not exist. Did you mean 'zeros'?"),

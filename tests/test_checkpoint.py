@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from unveil.checkpoint import (
     About,
     check_tensors,
     find_weights,
+    load_encoder,
     load_model,
     read_header,
     save_weights,
     write_atomically,
 )
+from unveil.cli import main
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.pipeline import generate, repaint
 from unveil.recipe import recipe_from_dict, to_dict
 
 ABOUT = About(step=7, images_seen=99, ema_decay=0.999, data="photos/", command="unveil pretrain --data photos/")
@@ -78,7 +82,7 @@ def test_a_file_describes_itself_to_other_programs(weights: Path) -> None:
     assert branch["terms"] == [{"predict": "x0", "on": "hidden", "weight": 1.0, "patch_norm": False, "space": "plain"}]
     assert recipe["clip"]["mean"] == [0.5] * 3
     assert recipe["size"] == "Nano/4"
-    assert about == {**to_dict(ABOUT), "classes": [], "version": __version__}
+    assert about == {**to_dict(ABOUT), "classes": [], "parts": [], "version": __version__}
     assert about["ema_decay"] == 0.999
     assert tensors.keys() == build(small()).state_dict().keys()
 
@@ -286,3 +290,86 @@ def test_the_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     write_atomically(path, write)
     assert seen == [(False, True)]  # in the same directory, because a rename is atomic within a file system only
     assert path.read_bytes() == b"all of it"
+
+
+# Encoders only
+
+
+def encoder_only(path: Path, model: MaskedDiffusionAutoencoder, **about: Any) -> Path:
+    state = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
+    save_weights(path, model.recipe, state, dataclasses.replace(ABOUT, parts=("encoder",), **about))
+    return path
+
+
+@pytest.mark.parametrize("name", ["mae", "mae_raw", "diffmae"])
+def test_an_encoder_only_file_encodes_as_the_whole_model(tmp_path: Path, name: str) -> None:
+    model = build(small(name))
+    before = torch.random.get_rng_state()
+    loaded, about = load_encoder(encoder_only(tmp_path / WEIGHTS, model))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert about.parts == loaded.parts == ("encoder",)
+    assert loaded.can == {"represent"}
+    assert not loaded.training
+    clips = clips_for(model.recipe)
+    assert torch.equal(model.encode(clips), loaded.encode(clips))
+    assert {n.split(".")[0] for n in loaded.state_dict()} == {"encoder"}
+
+
+def test_load_encoder_reads_a_whole_file_too(weights: Path) -> None:
+    loaded, about = load_encoder(weights)
+    clips = clips_for(loaded.recipe)
+    assert about.parts == loaded.parts == ()
+    assert torch.equal(loaded.encode(clips), load_model(weights)[0].encode(clips))
+    assert loaded.can == load_model(weights)[0].can
+
+
+def test_load_model_refuses_an_encoder_only(tmp_path: Path) -> None:
+    path = encoder_only(tmp_path / WEIGHTS, build(small("mae")))
+    with pytest.raises(
+        ValueError, match=r"holds an encoder only, so it cannot paint or be trained on as it is\. Use it for"
+    ):
+        load_model(path)
+
+
+def test_an_encoder_only_refuses_to_paint(tmp_path: Path) -> None:
+    model: Any = load_encoder(encoder_only(tmp_path / WEIGHTS, build(small("mae_raw"))))[0]
+    clips = clips_for(model.recipe)
+    with pytest.raises(ValueError, match="This mae_raw is an encoder only, so it predicts nothing"):
+        repaint(model, clips, torch.zeros(2, 1, 16, 16, dtype=torch.bool))
+    with pytest.raises(ValueError, match="This mae_raw is an encoder only, so it predicts nothing"):
+        generate(model, range(2))
+
+
+@pytest.mark.parametrize(
+    "name, parts, message",
+    [
+        ("umd", ("encoder",), "computes nothing without the model's other parts"),
+        ("dit", ("encoder",), "computes nothing without the model's other parts"),
+        ("mae", ("decoder",), "A model has parts=('decoder',); that is () for all of it, or ('encoder',)."),
+    ],
+)
+def test_load_encoder_refuses_parts_that_do_not_work(
+    tmp_path: Path, name: str, parts: tuple[str, ...], message: str
+) -> None:
+    model = build(small(name))
+    save_weights(tmp_path / WEIGHTS, model.recipe, model.state_dict(), dataclasses.replace(ABOUT, parts=parts))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_encoder(tmp_path)
+
+
+def test_load_encoder_refuses_tensors_of_a_decoder_in_an_encoder_only(tmp_path: Path) -> None:
+    model = build(small("mae"))
+    save_weights(tmp_path / WEIGHTS, model.recipe, model.state_dict(), dataclasses.replace(ABOUT, parts=("encoder",)))
+    with pytest.raises(ValueError, match=r"tensors that its recipe does not have, as 'decoder\."):
+        load_encoder(tmp_path)
+
+
+def test_info_and_probe_of_an_encoder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = encoder_only(tmp_path / WEIGHTS, build(small("mae", size="Nano/2", channels=1, height=8)))
+    main(["info", "--run", str(path)])
+    told = capsys.readouterr().out
+    assert "parts          the encoder only" in told
+    assert "trains on" not in told
+    assert "tensors        all there" in told
+    main(["probe", "--run", str(path), "--data", "digits:train", "--no-baselines", "--device", "cpu"])
+    assert "encoder" in capsys.readouterr().out

@@ -23,7 +23,8 @@ from torch.testing import assert_close
 
 from unveil import recipes, sizes
 from unveil.checkpoint import load_model
-from unveil.convert import Report, from_dit, from_umd, recognise
+from unveil.convert import from_dit, from_umd
+from unveil.foreign import Report, recognise
 from unveil.masking import Mask, gather
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import recipe_from_dict, to_dict
@@ -622,6 +623,7 @@ def test_convert_writes_a_model(tmp_path: Path, kind: Any, suffix: str) -> None:
     assert result == {
         "out": str(out),
         "kind": kind,
+        "parts": [],
         "recipe": to_dict(recipe),
         "ema_decay": None,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -714,8 +716,8 @@ def test_a_result_must_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the model ever have a tensor that the conversion does not know of."""
     build = MaskedDiffusionAutoencoder.__init__
 
-    def with_more(self: MaskedDiffusionAutoencoder, recipe: Any) -> None:
-        build(self, recipe)
+    def with_more(self: MaskedDiffusionAutoencoder, recipe: Any, parts: tuple[str, ...] = ()) -> None:
+        build(self, recipe, parts)
         self.register_buffer("news", torch.zeros(1))
 
     monkeypatch.setattr(MaskedDiffusionAutoencoder, "__init__", with_more)

@@ -22,8 +22,9 @@ from unveil.model import MaskedDiffusionAutoencoder
 from unveil.planning import prepare
 from unveil.recipe import Recipe
 from unveil.rundir import Run
+from unveil.start import modules_of
 from unveil.tasks import finetune_generator as task
-from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, modules_of, with_clean_share
+from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, with_clean_share
 from unveil.tasks.generate import Generate, generate
 from unveil.train import Pretraining, Trainer
 

@@ -1101,6 +1101,20 @@ def test_one_readable_picture_among_many_is_enough(tmp_path: Path) -> None:
     assert outcome["skipped"] == 5
 
 
+def test_a_run_from_before_a_field_goes_on(tmp_path: Path, pictures: Path) -> None:
+    """Its recipe lacks what every recipe had then."""
+    out = tmp_path / "run"
+    go(out, pictures, photo_recipe(epochs=1))
+    config = json.loads((out / "config.json").read_text())
+    del config["recipe"]["network"]["norm_eps"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert go(out, pictures, photo_recipe(epochs=1))["steps_now"] == 0
+    recipe = photo_recipe(epochs=1)
+    other = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, norm_eps=1e-12))
+    with pytest.raises(ValueError, match=r"recipe\.network\.norm_eps was 1e-06 and is now 1e-12"):
+        go(out, pictures, other)
+
+
 def test_another_run_in_the_directory_refuses(tmp_path: Path, pictures: Path) -> None:
     out = tmp_path / "run"
     go(out, pictures, photo_recipe(epochs=1))

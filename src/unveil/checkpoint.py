@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unveil import __version__
 from unveil.finetuning import Recognition
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.model import AnyModel, MaskedDiffusionAutoencoder, model_of
 from unveil.recipe import Recipe, recipe_from_dict, section_from_dict, to_dict
 
 FORMAT = "unveil-2"
@@ -29,6 +29,7 @@ class About:
 
     ema_decay: of the running average that the weights are; None for weights as trained. data: what it was trained on, as
     given by the user. classes: their names, of a model with classes. num_steps: how many the run is to have; None if not known.
+    parts: () if the whole model is in the file; ("encoder",) if nothing else is.
     """
 
     step: int
@@ -38,6 +39,7 @@ class About:
     command: str
     classes: tuple[str, ...] = ()
     num_steps: int | None = None
+    parts: tuple[str, ...] = ()
     version: str = __version__
 
 
@@ -135,7 +137,8 @@ def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, .
     try:
         recipe = recipe_from_dict(json.loads(metadata["recipe"]))
         described = json.loads(metadata["about"])
-        about = About(**{**described, "classes": tuple(described.get("classes", ()))})
+        lists = {name: tuple(described.get(name, ())) for name in ("classes", "parts")}
+        about = About(**{**described, **lists})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a header that this version ({__version__}) cannot read: {error}") from None
     return recipe, about, shapes
@@ -177,19 +180,36 @@ def pick_device(device: str | None) -> str:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MaskedDiffusionAutoencoder, About]:
-    """Build the model that a weights file describes and fill it; every tensor must be there and fit."""
+    """Build the model that a weights file describes and fill it; every tensor must be there and fit.
+
+    Raises:
+        ValueError: the file does not fit its own description, or holds an encoder only.
+    """
+    _, about, _ = read_header(path)
+    if about.parts:
+        raise ValueError(
+            f"{find_weights(path)} holds an encoder only, so it cannot paint or be trained on as it is. Use it for probe or "
+            "embed, or start a pre-training from it with `unveil pretrain --init`."
+        )
+    model, about = load_encoder(path, device)
+    assert isinstance(model, MaskedDiffusionAutoencoder)
+    return model, about
+
+
+def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[AnyModel, About]:
+    """As `load_model`, for who asks nothing of the model but `encode`: the file may hold an encoder only."""
     recipe, about, found = read_header(path)
+    file = find_weights(path)
     recognition = read_recognition(path)
     if recognition is not None:
         raise ValueError(
-            f"{find_weights(path)} holds a network fine-tuned for {len(recognition.outputs)} outputs: an encoder with a head, "
+            f"{file} holds a network fine-tuned for {len(recognition.outputs)} outputs: an encoder with a head, "
             "and nothing that could paint, generate or be pre-trained on. Use it for predict, or give the pre-trained run."
         )
     with torch.random.fork_rng(
         devices=[]
     ):  # its first weights are thrown away, so nobody's draws shall change for them
-        model = MaskedDiffusionAutoencoder(recipe)
-    file = find_weights(path)
+        model = model_of(recipe, about.parts)
     check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
     tensors = safetensors.torch.load_file(file)
     for name, value in tensors.items():

@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from unveil import __version__
 from unveil.config import nearest
+from unveil.foreign import NAMES
 from unveil.spread import Spread
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.embed import Embed, embed
 from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.export import Export, export
 from unveil.tasks.finetune import Finetune, finetune
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
 from unveil.tasks.generate import Generate, generate
@@ -40,6 +42,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 COMMANDS = (
@@ -55,6 +58,7 @@ COMMANDS = (
     "evaluate",
     "info",
     "convert",
+    "export",
 )
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
@@ -131,7 +135,7 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
     if result["skipped"] or result["converted"]:
         yield f"They are listed in {result['out']}/problems.jsonl."
     if result["finished"] and result["num_steps"] < FEW_STEPS and "task" not in result:
-        little = "noisy samples" if "start" in result else "little but colours"
+        little = "noisy samples" if "num_classes" in result else "little but colours"
         yield f"{result['num_steps']} steps are few: expect {little}. Give more --epochs, or a smaller --batch-size."
     if "task" not in result:
         yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
@@ -168,16 +172,19 @@ def _tell_predict(result: dict[str, Any]) -> Iterator[str]:
     yield f"Wrote {result['samples']:,} rows to {result['out']}."
 
 
-def _tell_finetune_generator(result: dict[str, Any]) -> Iterator[str]:
+def _tell_start(result: dict[str, Any]) -> Iterator[str]:
+    """Of a training that started from other weights."""
     if not result["resumed"]:
-        yield (
-            f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its; classes: "
-            f"{result['num_classes']}."
-        )
+        classes = f"; classes: {result['num_classes']}" if "num_classes" in result else ""
+        yield f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its{classes}."
         yield f"New, and drawn at random: {', '.join(result['fresh']) or 'nothing'}."
         if result["dropped"]:
             yield f"Left behind: {', '.join(result['dropped'])}."
     yield from _tell_training(result)
+
+
+def _tell_pretrain(result: dict[str, Any]) -> Iterator[str]:
+    yield from _tell_start(result) if "start" in result else _tell_training(result)
 
 
 def _tell_generate(result: dict[str, Any]) -> Iterator[str]:
@@ -312,6 +319,7 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "pre-trained on" if recognition else "trains on": "; ".join(
             _tell_branch(branch) for branch in recipe["branches"]
         ),
+        "parts": "the encoder only, for probe, embed and `unveil pretrain --init`",
         "can": ", ".join(result["can"]),
         "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} "
         f"{'pixels' if clip['bounded'] else 'latents'}, "
@@ -330,6 +338,8 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "version": about["version"],
         "tensors": "all there" if not missing else f"{len(missing)} are missing, the first is {missing[0]!r}",
     }
+    for name in ("trains on", "multiply-adds") if about["parts"] else ("parts",):
+        del lines[name]  # how an encoder alone was trained is not known
     for name, value in lines.items():
         yield f"{name:<15}{value}"
 
@@ -338,18 +348,24 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
     recipe = result["recipe"]
     yield (
         f"Wrote {result['out']}: {recipe['name']} {recipe['size']}, {result['parameters']:,} parameters, from "
-        f"{len(result['used'])} tensors of {result['kind'].upper()}'s names."
+        f"{len(result['used'])} tensors of {NAMES[result['kind']]}'s names."
     )
     for reason, count in Counter(result["left"].values()).items():
         yield f"Tensors left out: {count} ({reason})."
     yield from result["notices"]
 
 
+def _tell_export(result: dict[str, Any]) -> Iterator[str]:
+    yield f"Wrote {result['out']}: the encoder of {result['recipe']}. It is loaded by"
+    yield f"  {result['load']}"
+    yield from result["notices"]
+
+
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
-    Pretrain: (_training(pretrain), _tell_training),
+    Pretrain: (_training(pretrain), _tell_pretrain),
     Finetune: (_training(finetune), _tell_finetune),
     Predict: (_counted(predict, "sample"), _tell_predict),
-    FinetuneGenerator: (_training(finetune_generator), _tell_finetune_generator),
+    FinetuneGenerator: (_training(finetune_generator), _tell_start),
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
     Probe: (_counted(probe, "sample"), _tell_probe),
@@ -358,6 +374,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),
+    Export: (export, _tell_export),
 }
 
 

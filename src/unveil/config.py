@@ -172,12 +172,15 @@ class Network:
     """How every block is built, in encoder and decoder alike.
 
     norm: LayerNorm, LayerNorm without parameters, or RMSNorm.
+    norm_eps: what a norm adds to the variance. 1e-6 in MAE, DiT, UMD and timm; Hugging Face's ViTs have 1e-12, which
+        converted weights keep.
     qk_norm: normalise queries and keys of every head.
     positions: fixed sin-cos, learned, or sin-cos at the input and a rotation of queries and keys in every block.
     head_init: of the Linear maps that make the predictions.
     """
 
     norm: Norm = "layer"
+    norm_eps: float = 1e-6
     mlp: MlpKind = "gelu"
     qk_norm: bool = False
     positions: Positions = "sincos"
@@ -185,6 +188,8 @@ class Network:
 
     def __post_init__(self) -> None:
         check_choice("Network", "norm", self.norm, Norm)
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"Network has norm_eps={self.norm_eps}; it must be above 0, and below 1.")
         check_choice("Network", "mlp", self.mlp, MlpKind)
         check_choice("Network", "positions", self.positions, Positions)
         check_choice("Network", "head_init", self.head_init, HeadInit)

@@ -1,195 +1,31 @@
-"""Published weights of others as ours: UMD's flax parameters and DiT's state dict, renamed, laid out anew and counted.
+"""Published weights of UMD and DiT as ours: flax parameters and a state dict, renamed, laid out anew and counted.
 
-Every size is read from the shapes. A parameter that is missing, unknown or of a shape that does not follow from the others
-is an error, as nothing would show it later. Times need no care: UMD's network counts as ours does, 0 for clean; DiT's k is
-our t - 1, which is folded into the weights.
+Every size is read from the shapes. Times need no care: UMD's network counts as ours does, 0 for clean; DiT's k is our t - 1,
+which is folded into the weights.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unveil import recipes, sizes
+from unveil import recipes
 from unveil.config import Encoder
+from unveil.foreign import Report, Source, State, shape_of, side_of, size_of
 from unveil.layers import FREQUENCY_DIM
-from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
-from unveil.sizes import Shape
 from unveil.tokens import sincos_positions
-
-Kind = Literal["umd", "dit"]
-State = dict[str, Tensor]
-
-NAMES = {"umd": "UMD", "dit": "DiT"}
 
 # Heads of the published widths, DiT's S, B, L and XL: the one size that its shapes do not tell.
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-# How a file with more in it than parameters marks those; they are taken off.
-PREFIXES = ("param/", "params/")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What became of the tensors of a file.
-
-    used: those whose values are in the result. left: those that are not, and why. A tensor of ours that would get
-    nothing is no part of it, for then the conversion fails.
-    """
-
-    kind: Kind
-    used: tuple[str, ...]
-    left: dict[str, str]
-
-
-def _parameters(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
-    """Parameters of a file, {name without prefix: name}, and {name: why not} of the others."""
-    for prefix in PREFIXES:
-        marked = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-        if marked:
-            others = tensors.keys() - set(marked.values())
-            return marked, {name: f"no parameter, for it is not under {prefix!r}" for name in sorted(others)}
-    return {name: name for name in tensors}, {}
-
-
-def recognise(tensors: Mapping[str, Tensor]) -> Kind:
-    """Whose parameters these are, by their names.
-
-    Raises:
-        ValueError: of no one that is known here.
-    """
-    names, _ = _parameters(tensors)
-    if any(name.startswith(("Encoder/", "final_conv/")) for name in names):
-        return "umd"
-    if any(name.startswith(("x_embedder.", "final_layer.")) for name in names):
-        return "dit"
-    first = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "nothing"
-    raise ValueError(
-        f"These tensors are neither UMD's ('Encoder/...', 'final_conv/kernel') nor DiT's ('x_embedder.proj.weight', ...): "
-        f"the file holds {first}. Give a file of one of the two."
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return repr(names[0]) if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"
-
-
-class _Source:
-    """Tensors to be taken by name and shape; what is wrong with any of them is collected or raised here."""
-
-    def __init__(self, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
-        self.kind: Kind = kind
-        self.origin, self.left = _parameters(tensors)
-        self.values = {name: tensors[origin] for name, origin in self.origin.items()}
-        self.used: dict[str, None] = {}  # a set that keeps its order
-        self.missing: list[str] = []
-        self.state: State = {}
-
-    def unstack(self, name: str, names: list[str]) -> None:
-        """One array for each layer, from one with a leading axis of layers."""
-        value, origin = self.values.pop(name), self.origin.pop(name)
-        for layer, part in zip(names, value, strict=True):
-            self.values[layer], self.origin[layer] = part, origin
-
-    def sizes(self, name: str, num_axes: int) -> tuple[int, ...]:
-        """The shape of a parameter that tells sizes of the model."""
-        if name not in self.values:
-            raise ValueError(f"The file has no {name!r}, so it holds no {NAMES[self.kind]}, or a damaged one.")
-        shape = tuple(self.values[name].shape)
-        if len(shape) != num_axes or 0 in shape:
-            raise ValueError(
-                f"{self.origin[name]!r} is {shape}, but {NAMES[self.kind]}'s has {num_axes} axes, none empty."
-            )
-        return shape
-
-    def depth(self, pattern: str) -> int:
-        """How many blocks there are, by the numbers in their names."""
-        return len({match[1] for name in self.values if (match := re.match(pattern, name))})
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A parameter of exactly this shape as float32; of zeros if it is missing, which `finish` will tell."""
-        if name not in self.values:
-            self.missing.append(name)
-            return torch.zeros(shape)
-        value, origin = self.values[name], self.origin[name]
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"{origin!r} is {tuple(value.shape)}, but the file's other parameters make it {shape}: it was written by "
-                "other code or for another network."
-            )
-        result = value.detach().float()
-        if not value.is_floating_point() or not result.isfinite().all():
-            raise ValueError(
-                f"{origin!r} has values that are no numbers (or of type {value.dtype}): take another copy."
-            )
-        self.used[name] = None
-        return result
-
-    def leave(self, name: str, reason: str) -> None:
-        """Give up a parameter whose values are not needed."""
-        del self.used[name], self.values[name]
-        self.left[self.origin[name]] = reason
-
-    def _check(self) -> None:
-        """Refuse a file that lacks parameters, or has some that were not taken."""
-        if self.missing:
-            raise ValueError(
-                f"The file lacks {_listed(self.missing)}, which {NAMES[self.kind]}'s model has: it is damaged, or was written "
-                "by other code."
-            )
-        unknown = [self.origin[name] for name in self.values if name not in self.used]
-        if unknown:
-            raise ValueError(
-                f"The file holds {_listed(unknown)}, for which the model has no place. Without it the result would compute "
-                "something else, so nothing was converted."
-            )
-
-    def finish(self, recipe: Recipe) -> tuple[Recipe, State, Report]:
-        """The result, if every parameter was used and every tensor of ours got one of its shape."""
-        self._check()
-        with torch.device("meta"):  # names and shapes, no memory
-            expected = {
-                name: tuple(value.shape) for name, value in MaskedDiffusionAutoencoder(recipe).state_dict().items()
-            }
-        missing = sorted(expected.keys() - self.state.keys())
-        if missing:
-            raise ValueError(f"Of {len(expected)} tensors of the model, {_listed(missing)} got no values.")
-        assert {name: tuple(value.shape) for name, value in self.state.items()} == expected
-        used = tuple(dict.fromkeys(self.origin[name] for name in self.used))
-        return recipe, self.state, Report(kind=self.kind, used=used, left=self.left)
-
-
-def _side(name: str, num_tokens: int) -> int:
-    side = math.isqrt(num_tokens)
-    if side**2 != num_tokens:
-        raise ValueError(
-            f"{name!r} has {num_tokens} positions, which are no square; only square pictures can be converted."
-        )
-    return side
-
-
-def _size(embed_dim: int, depth: int, num_heads: int, patch_size: int) -> tuple[str, str]:
-    """A size that recipes know, and what to call this one: the same, or "32x2/4" for a width of 32 and two blocks."""
-    for name, e in sizes.ENCODERS.items():
-        if (e.embed_dim, e.depth, e.num_heads) == (embed_dim, depth, num_heads):
-            return f"{name}/{patch_size}", f"{name}/{patch_size}"
-    return f"B/{patch_size}", f"{embed_dim}x{depth}/{patch_size}"
-
-
-def _shape(channels: int, side: int) -> Shape:
-    """Grey and RGB are pixels, which go in as [-1, 1]; all else is taken for latents."""
-    return {"channels": channels, "height": side, "latents": channels not in (1, 3)}
 
 
 # UMD
 
 
-def _unstack_layers(source: _Source) -> None:
+def _unstack_layers(source: Source) -> None:
     """Split arrays that flax's scan stacked, of all layers of a part, under the names of a model without it."""
     for part in ("Encoder", "Decoder"):
         for node in sorted(
@@ -209,7 +45,7 @@ def _unstack_layers(source: _Source) -> None:
                 source.unstack(name, [f"{part}/Encoder1DBlock_{i}/{inner}" for i in layers])
 
 
-def _umd_block(source: _Source, theirs: str, ours: str, embed_dim: int, num_heads: int, adaln: bool) -> None:
+def _umd_block(source: Source, theirs: str, ours: str, embed_dim: int, num_heads: int, adaln: bool) -> None:
     D, h, d = embed_dim, num_heads, embed_dim // num_heads
     state, attention = source.state, f"{theirs}/MultiHeadDotProductAttention_0"
     parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
@@ -225,12 +61,12 @@ def _umd_block(source: _Source, theirs: str, ours: str, embed_dim: int, num_head
         _umd_linear(source, f"{theirs}/Dense_0", f"{ours}.modulation", D, 6 * D)
 
 
-def _umd_linear(source: _Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
+def _umd_linear(source: Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
     source.state[f"{ours}.weight"] = source.take(f"{theirs}/kernel", in_dim, out_dim).T
     source.state[f"{ours}.bias"] = source.take(f"{theirs}/bias", out_dim)
 
 
-def _umd_norm(source: _Source, theirs: str, ours: str, embed_dim: int) -> None:
+def _umd_norm(source: Source, theirs: str, ours: str, embed_dim: int) -> None:
     source.state[f"{ours}.weight"] = source.take(f"{theirs}/scale", embed_dim)
     source.state[f"{ours}.bias"] = source.take(f"{theirs}/bias", embed_dim)
 
@@ -246,9 +82,9 @@ def _umd_recipe(
     adaln: bool,
     num_classes: int,
 ) -> Recipe:
-    known, size = _size(encoder.embed_dim, encoder.depth, encoder.num_heads, patch_size)
+    known, size = size_of(encoder.embed_dim, encoder.depth, encoder.num_heads, patch_size)
     # zeros for its class tokens, as the published code starts them
-    recipe = recipes.umd(known, **_shape(channels, side * patch_size), faithful=True)
+    recipe = recipes.umd(known, **shape_of(channels, side * patch_size), faithful=True)
     assert recipe.decoder is not None
     recipe = dataclasses.replace(
         recipe,
@@ -286,7 +122,7 @@ def from_umd(params: Mapping[str, Tensor]) -> tuple[Recipe, State, Report]:
     Raises:
         ValueError: a parameter is missing, unknown, or of another shape than the others make it.
     """
-    source = _Source("umd", params)
+    source = Source("umd", params)
     _unstack_layers(source)
     patch_size, _, channels, embed_dim = source.sizes("embedding/kernel", 4)
     num_tokens = source.sizes("pos_embedding", 3)[1]
@@ -303,7 +139,7 @@ def from_umd(params: Mapping[str, Tensor]) -> tuple[Recipe, State, Report]:
     recipe = _umd_recipe(
         patch_size=patch_size,
         channels=channels,
-        side=_side("pos_embedding", num_tokens),
+        side=side_of("pos_embedding", num_tokens),
         encoder=Encoder(
             embed_dim=embed_dim,
             depth=depth,
@@ -363,7 +199,7 @@ def _one_step_later(weight: Tensor) -> Tensor:
     return torch.cat(rotated, dim=1).float()
 
 
-def _dit_linear(source: _Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
+def _dit_linear(source: Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
     source.state[f"{ours}.weight"] = source.take(f"{theirs}.weight", out_dim, in_dim)
     source.state[f"{ours}.bias"] = source.take(f"{theirs}.bias", out_dim)
 
@@ -380,7 +216,7 @@ def from_dit(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> tu
     Raises:
         ValueError: as for `from_umd`; or the width is not a published one and num_heads is not given.
     """
-    source = _Source("dit", state)
+    source = Source("dit", state)
     D, C, p, _ = source.sizes("x_embedder.proj.weight", 4)
     N = source.sizes("pos_embed", 3)[1]
     num_rows = source.sizes("y_embedder.embedding_table.weight", 2)[0]
@@ -401,9 +237,9 @@ def from_dit(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> tu
             f"or {2 * p * p * C} with a learned variance."
         )
     names = ("eps", "variance") if out_dim == 2 * p * p * C else ("eps",)
-    side = _side("pos_embed", N)
-    known, size = _size(D, depth, num_heads, p)
-    recipe = recipes.dit(known, **_shape(C, side * p), num_classes=num_rows - 1)
+    side = side_of("pos_embed", N)
+    known, size = size_of(D, depth, num_heads, p)
+    recipe = recipes.dit(known, **shape_of(C, side * p), num_classes=num_rows - 1)
     branch = recipe.branches[0]
     recipe = dataclasses.replace(
         recipe,

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         noisy: whether some branch hands over the hidden tokens' noisy values.
         masked: whether some branch puts mask tokens in their place.
         num_class_tokens, summary: those of the encoder, and how they enter a joint decoder: "tokens" or "mean".
-        norm, mlp, qk_norm, positions, time: as in `unveil.config`.
+        norm, norm_eps, mlp, qk_norm, positions, time: as in `unveil.config`.
         cond_dim: width of the condition.
     """
 
@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         num_class_tokens: int = 1,
         summary: str = "tokens",
         norm: str = "layer",
+        norm_eps: float = 1e-6,
         mlp: str = "gelu",
         qk_norm: bool = False,
         positions: str = "sincos",
@@ -80,14 +81,15 @@ class Decoder(nn.Module):
                 self.embed = nn.Linear(memory_dim, embed_dim).apply(init_weights)
                 self.embed_modulation = zero_linear(adaln, 2 * memory_dim) if adaln else None
             self.blocks = nn.ModuleList(
-                Block(embed_dim, num_heads, norm=norm, mlp=mlp, qk_norm=qk_norm, cond_dim=adaln) for _ in range(depth)
+                Block(embed_dim, num_heads, norm=norm, norm_eps=norm_eps, mlp=mlp, qk_norm=qk_norm, cond_dim=adaln)
+                for _ in range(depth)
             )
         else:
             self.tap_norms = nn.ModuleList(
-                nn.Identity() if i == 0 else norm_layer("layer", memory_dim) for i in range(num_taps)
+                nn.Identity() if i == 0 else norm_layer("layer", memory_dim, norm_eps) for i in range(num_taps)
             )
             self.blocks = nn.ModuleList(
-                CrossBlock(embed_dim, memory_dim, num_heads, self_attention=kind == "cross_self") for _ in range(depth)
+                CrossBlock(embed_dim, memory_dim, num_heads, kind == "cross_self", norm_eps) for _ in range(depth)
             )
         self.positions = PositionTable(positions, embed_dim, num_heads, grid)
 

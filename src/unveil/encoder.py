@@ -25,7 +25,7 @@ class Encoder(nn.Module):
     """Parameter names are timm's ViT's; fixed positions are made from the grid and not saved.
 
     Args:
-        num_class_tokens, class_token_init, norm, mlp, qk_norm, positions: as in `unveil.config`.
+        num_class_tokens, class_token_init, norm, norm_eps, mlp, qk_norm, positions: as in `unveil.config`.
         time: how the condition enters: "none", "add", "token" or "adaln".
         final_norm: whether the last block's output is normalised here; otherwise whoever reads it does.
         label_tokens_from: the block that tokens of the class join at, counted from 1.
@@ -43,6 +43,7 @@ class Encoder(nn.Module):
         num_class_tokens: int = 1,
         class_token_init: str = "normal",
         norm: str = "layer",
+        norm_eps: float = 1e-6,
         mlp: str = "gelu",
         qk_norm: bool = False,
         positions: str = "sincos",
@@ -64,6 +65,7 @@ class Encoder(nn.Module):
                 embed_dim,
                 num_heads,
                 norm=norm,
+                norm_eps=norm_eps,
                 mlp=mlp,
                 qk_norm=qk_norm,
                 cond_dim=cond_dim,
@@ -71,7 +73,7 @@ class Encoder(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = norm_layer(norm, embed_dim) if final_norm else None
+        self.norm = norm_layer(norm, embed_dim, norm_eps) if final_norm else None
 
     def forward(
         self,
@@ -98,7 +100,7 @@ class Encoder(nn.Module):
             assert cond is not None
             x = x + cond[:, None]
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         length = x.shape[1]  # label tokens come last, and never leave
         rotation = self.positions.rotation(visible, self.num_class_tokens)
         outputs = {}

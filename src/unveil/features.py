@@ -9,7 +9,7 @@ from torch import Tensor
 from unveil import draws
 from unveil.config import check_choice
 from unveil.data import Batch
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.model import AnyModel, MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule
 
@@ -23,9 +23,7 @@ def usual_pool(recipe: Recipe) -> Pool:
     return "class" if recipe.decoder is not None and recipe.decoder.summary == "mean" else "mean"
 
 
-def encoder_features(
-    model: MaskedDiffusionAutoencoder, pool: Kept | None = None, time: float = 0.0, seed: int = 0
-) -> Features:
+def encoder_features(model: AnyModel, pool: Kept | None = None, time: float = 0.0, seed: int = 0) -> Features:
     """The function from clips (B, C, T, H, W) and their indices (B,) to features (B, D), or (B, N, D) of all patches.
 
     Whole clips through the encoder and its final norm; nothing is masked.

@@ -9,8 +9,6 @@ from torchvision.ops import StochasticDepth
 
 from unveil.tokens import Grid, rotary_angles, sincos_positions
 
-NORM_EPS = 1e-6  # as MAE and timm have it; torch's default for LayerNorm is 1e-5
-
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (B, 1, L, d) each
 
 
@@ -21,11 +19,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def norm_layer(kind: str, dim: int) -> nn.Module:
+def norm_layer(kind: str, dim: int, eps: float) -> nn.Module:
     """ "layer", "layer_fixed" (without parameters) or "rms"."""
     if kind == "rms":
-        return RMSNorm(dim, eps=NORM_EPS)
-    return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=kind == "layer")
+        return RMSNorm(dim, eps=eps)
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=kind == "layer")
 
 
 def init_weights(module: nn.Module) -> None:
@@ -70,12 +68,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over (B, L, D)."""
 
-    def __init__(self, embed_dim: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, qk_norm: bool = False, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.q_norm = norm_layer("rms", embed_dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer("rms", embed_dim // num_heads) if qk_norm else nn.Identity()
+        self.q_norm = norm_layer("rms", embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer("rms", embed_dim // num_heads, norm_eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -141,15 +139,16 @@ class Block(nn.Module):
         num_heads: int,
         *,
         norm: str = "layer",
+        norm_eps: float = 1e-6,
         mlp: str = "gelu",
         qk_norm: bool = False,
         cond_dim: int | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = norm_layer(norm, embed_dim)
-        self.attn = Attention(embed_dim, num_heads, qk_norm)
-        self.norm2 = norm_layer(norm, embed_dim)
+        self.norm1 = norm_layer(norm, embed_dim, norm_eps)
+        self.attn = Attention(embed_dim, num_heads, qk_norm, norm_eps)
+        self.norm2 = norm_layer(norm, embed_dim, norm_eps)
         self.mlp = Mlp(embed_dim, mlp)
         self.drop = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
         self.apply(init_weights)
@@ -168,13 +167,15 @@ class Block(nn.Module):
 class CrossBlock(nn.Module):
     """Pre-norm block whose tokens read a memory, then each other if self_attention, then go through an MLP."""
 
-    def __init__(self, embed_dim: int, memory_dim: int, num_heads: int, self_attention: bool) -> None:
+    def __init__(
+        self, embed_dim: int, memory_dim: int, num_heads: int, self_attention: bool, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.norm_cross = norm_layer("layer", embed_dim)
+        self.norm_cross = norm_layer("layer", embed_dim, norm_eps)
         self.cross_attn = CrossAttention(embed_dim, memory_dim, num_heads)
-        self.norm1 = norm_layer("layer", embed_dim) if self_attention else None
+        self.norm1 = norm_layer("layer", embed_dim, norm_eps) if self_attention else None
         self.attn = Attention(embed_dim, num_heads) if self_attention else None
-        self.norm2 = norm_layer("layer", embed_dim)
+        self.norm2 = norm_layer("layer", embed_dim, norm_eps)
         self.mlp = Mlp(embed_dim)
         self.apply(init_weights)
 
@@ -292,7 +293,7 @@ class Condition(nn.Module):
     def _row(self, t: Tensor, labels: Tensor | None) -> Tensor:
         assert self.label_embed is not None
         if labels is None:
-            labels = torch.full((len(t),), self.num_classes, device=t.device)
+            labels = torch.full((t.shape[0],), self.num_classes, device=t.device)
         row = self.label_embed(labels)
         return row if self.label is None else self.label(row)
 
@@ -332,10 +333,18 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, token_dim: int, names: tuple[str, ...], *, norm: str, init: str, cond_dim: int | None
+        self,
+        embed_dim: int,
+        token_dim: int,
+        names: tuple[str, ...],
+        *,
+        norm: str,
+        norm_eps: float,
+        init: str,
+        cond_dim: int | None,
     ) -> None:
         super().__init__()
-        self.norm = norm_layer(norm, embed_dim)
+        self.norm = norm_layer(norm, embed_dim, norm_eps)
         self.modulation = zero_linear(cond_dim, 2 * embed_dim) if cond_dim else None
         self.pred = nn.ModuleDict({name: nn.Linear(embed_dim, token_dim) for name in names})
         for linear in self.pred.values():

@@ -56,6 +56,7 @@ class Backbone(nn.Module):
             num_class_tokens=e.num_class_tokens,
             class_token_init=e.class_token_init,
             norm=net.norm,
+            norm_eps=net.norm_eps,
             mlp=net.mlp,
             qk_norm=net.qk_norm,
             positions=net.positions,
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
         if self.condition is None:
             return None, None
         if t is None or self.schedule is None:
-            t = torch.zeros(len(x), device=x.device)
+            t = torch.zeros(x.shape[0], device=x.device)
         else:
             t = self.schedule.network_time(t)
         return self.condition(t, labels)
@@ -115,18 +116,39 @@ class Backbone(nn.Module):
                 )
             assert noise is not None
             x = add_noise(x, noise, *self.schedule.rates(t))
-        everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)  # len() would fix a graph's batch
         (encoded,), _ = self._encode(x, everything, (self.recipe.encoder.depth,), t, None)
         return encoded
+
+
+class EncoderOnly(Backbone):
+    """The encoder of a recipe without decoder and head, which it is not asked for: `encode` is all that it can do.
+
+    Raises:
+        ValueError: the encoder is told the time, or has its last norm in the head.
+    """
+
+    parts = ("encoder",)
+    can = frozenset({"represent"})
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.decoder is None or recipe.time_in_encoder:
+            raise ValueError(
+                f"The encoder of this {recipe.name} computes nothing without the model's other parts, which tell it the time "
+                "or hold its last norm. Take the whole model."
+            )
+        super().__init__(recipe, final_norm=True, told=False)
 
 
 class MaskedDiffusionAutoencoder(Backbone):
     """What a `Recipe` describes.
 
     Attributes:
+        parts: () for all of them.
         low, high: the range of each value of a token, (P,): the normalised 0 and 1; of unbounded clips, infinite.
     """
 
+    parts = ()
     low: Tensor
     high: Tensor
 
@@ -153,6 +175,7 @@ class MaskedDiffusionAutoencoder(Backbone):
                 num_class_tokens=e.num_class_tokens,
                 summary=d.summary,
                 norm=net.norm,
+                norm_eps=net.norm_eps,
                 mlp=net.mlp,
                 qk_norm=net.qk_norm,
                 positions=net.positions,
@@ -164,6 +187,7 @@ class MaskedDiffusionAutoencoder(Backbone):
             clip.token_dim,
             recipe.heads,
             norm=net.norm,
+            norm_eps=net.norm_eps,
             init=net.head_init,
             cond_dim=cond_dim if told.time == "adaln" else None,
         )
@@ -325,3 +349,17 @@ class MaskedDiffusionAutoencoder(Backbone):
             return prediction
 
         return denoise
+
+
+AnyModel = MaskedDiffusionAutoencoder | EncoderOnly
+
+
+def model_of(recipe: Recipe, parts: tuple[str, ...] = ()) -> AnyModel:
+    """The model of a recipe: all of it, or ("encoder",) alone.
+
+    Raises:
+        ValueError: other parts, or an encoder that is nothing alone.
+    """
+    if parts not in ((), ("encoder",)):
+        raise ValueError(f"A model has parts={parts!r}; that is () for all of it, or ('encoder',).")
+    return EncoderOnly(recipe) if parts else MaskedDiffusionAutoencoder(recipe)

@@ -9,7 +9,7 @@ from torch import Tensor
 from unveil import draws
 from unveil.config import Clip, Predict, check_choice, nearest
 from unveil.masking import Mask, draw_mask, gather, group_rows, scatter, tokens_touched
-from unveil.model import Guidance, MaskedDiffusionAutoencoder
+from unveil.model import AnyModel, Guidance, MaskedDiffusionAutoencoder
 from unveil.sampling import Denoise, by_scheduler, ddim, ddpm, dpmpp_2m
 from unveil.tokens import Grid, patchify
 
@@ -32,9 +32,18 @@ class RowNoise:
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self._generators]).to(x)
 
 
+def _check_whole(model: AnyModel) -> None:
+    if model.parts:
+        raise ValueError(
+            f"This {model.recipe.name} is an encoder only, so it predicts nothing: it cannot paint or generate. Use it for probe or "
+            "embed, or start a pre-training from it."
+        )
+
+
 def _check_can_paint(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
     """Refuse what the model was not trained for; hidden is (B, N)."""
     name, branch = model.recipe.name, model.recipe.branches[0]
+    _check_whole(model)
     if not model.can & {"repaint", "generate"}:
         raise ValueError(
             f"This {name} predicts patch-normalised values, whose brightness and contrast are unknown, so it cannot paint. "
@@ -210,6 +219,7 @@ def check_can_generate(model: MaskedDiffusionAutoencoder, labels: Tensor | None,
         guided: whether a guidance other than 1 is asked for.
     """
     recipe, num_classes = model.recipe, model.recipe.condition.num_classes
+    _check_whole(model)
     if "generate" not in model.can:
         told = recipe.condition.time in ("token", "adaln")  # then only noise is missing
         raise ValueError(

@@ -126,7 +126,9 @@ class Recipe:
             )
         time = self.condition.time
         if decoder.kind != "joint":
-            plain = dataclasses.replace(self.network, positions="sincos", head_init="xavier") == Network()
+            plain = (
+                dataclasses.replace(self.network, norm_eps=1e-6, positions="sincos", head_init="xavier") == Network()
+            )
             if not plain or self.network.positions == "rotary" or time in ("token", "adaln"):
                 raise ValueError(
                     f"Recipe {self.name!r} has kind={decoder.kind!r} with time={time!r} and {self.network}: decoders that "

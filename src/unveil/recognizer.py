@@ -36,7 +36,7 @@ class Recognizer(Backbone):
         self.recognition = recognition
         if recognition.pool == "class" and not recipe.encoder.num_class_tokens:
             raise ValueError(f"This {recipe.name} has no class token. Use --pool mean.")
-        self.fc_norm = norm_layer(recipe.network.norm, recipe.encoder.embed_dim)
+        self.fc_norm = norm_layer(recipe.network.norm, recipe.encoder.embed_dim, recipe.network.norm_eps)
         self.head = nn.Linear(recipe.encoder.embed_dim, len(recognition.outputs))
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
         nn.init.zeros_(self.head.bias)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from unveil.checkpoint import write_atomically
+from unveil.recipe import recipe_from_dict, to_dict
 
 Precision = Literal["fp32", "bf16"]
 CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
@@ -161,6 +162,9 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Choose another directory.") from None
 
+    with contextlib.suppress(KeyError, ValueError):  # fields that are newer than the run have their defaults
+        before["recipe"] = to_dict(recipe_from_dict(before["recipe"]))
+
     def differences(a: Any, b: Any, where: str) -> Iterator[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             for name in [*a, *(n for n in b if n not in a)]:
@@ -170,7 +174,9 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
 
     for part in ("recipe", "data", "seed", "num_samples", "start", "classes"):
         # through JSON, so that tuples compare as the lists they were written as
-        for difference in differences(before.get(part), json.loads(json.dumps(config.get(part))), part):
+        for difference in differences(
+            json.loads(json.dumps(before.get(part))), json.loads(json.dumps(config.get(part))), part
+        ):
             raise ValueError(
                 f"{out} holds another run: {difference}. Choose another directory; only a run of the same settings goes on, "
                 "because its learning rate is planned for them."

@@ -55,8 +55,9 @@ def _number(source: Source, name: str, row: int, value: Any) -> float:
     """A cell as a number; nan for an empty one."""
     if value is None or value == "":
         return math.nan
+    value = {"True": 1, "False": 0}.get(str(value), value)
     try:
-        number = float({"True": 1, "False": 0}.get(str(value), value))
+        number = float(value)
     except (TypeError, ValueError):
         number = math.inf
     if math.isinf(number):

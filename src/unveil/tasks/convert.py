@@ -1,6 +1,7 @@
 """Published weights of others as a weights file of ours."""
 
 import argparse
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -14,31 +15,50 @@ import torch
 from torch import Tensor
 
 from unveil.checkpoint import About, save_weights
-from unveil.convert import Kind, from_dit, from_umd, recognise
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.convert import from_dit, from_umd
+from unveil.convert_vit import Told, from_vit, read_config
+from unveil.foreign import Kind, recognise
+from unveil.model import AnyModel, model_of
 from unveil.recipe import to_dict
+from unveil.reference import is_installed, largest_difference, library_of
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 # Of DiT's published training script, whose files hold the weights and their running average.
 DIT_EMA_DECAY = 0.9999
+TENSORS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+TOLERANCE = 1e-4  # of --check, float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn published weights of UMD or DiT into a weights file of this package. Fails unless every tensor finds its place.
+    """Turn published weights of MAE, a plain ViT, UMD or DiT into a weights file of this package. Fails unless every tensor
+    finds its place. See docs/weights.md.
 
-    Example: unveil convert --source DiT-XL-2-256x256.pt --out dit_xl_2.safetensors
+    Example: unveil convert --source mae_pretrain_vit_base.pth --out mae_b.safetensors
     """
 
     source: Path
-    """A .safetensors, an .npz of flax parameters with names joined by "/", or a .pt or .pth (a running average is taken
-    if there is one). No code in it is run."""
+    """A .safetensors, an .npz of flax parameters with names joined by "/", a .pt or .pth (a running average is taken
+    if there is one), or a folder of Hugging Face or timm with model.safetensors and config.json. No code in it is run."""
     out: Path
     """The .safetensors file to write; it must not exist."""
-    kind: Literal["umd", "dit"] | None = None
+    kind: Literal["umd", "dit", "mae", "vit"] | None = None
     """Whose weights they are. Default: told from their names."""
     num_heads: int | None = None
-    """Attention heads of a DiT, which its file does not tell. Default: the published model's of its width."""
+    """Attention heads of a DiT, a MAE or a ViT, which its tensors do not tell. Default: what config.json says, else the
+    published model's of its width."""
+    decoder_heads: int | None = None
+    """Attention heads of a MAE's decoder. Default: as for --num-heads."""
+    patch_norm: bool | None = None
+    """Whether a whole MAE predicts normalised patches. Default: what config.json says, else yes."""
+    mean: tuple[float, ...] | None = None
+    """By what a MAE or a ViT normalises pixels in [0, 1], for each channel. Default: what config.json says, else ImageNet's
+    for a MAE, 0.5 for a ViT."""
+    std: tuple[float, ...] | None = None
+    """The same for the standard deviation."""
+    check: bool | None = None
+    """Run a MAE or a ViT beside its own library (timm, transformers) on random pictures, and fail if they differ by more than
+    1e-4. Default: if that library is installed."""
 
 
 def _read(path: Path) -> Any:
@@ -59,6 +79,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     Raises:
         ValueError: there is no such file, or it is not of a known type, cannot be read, or holds anything but tensors.
     """
+    if path.is_dir():
+        if not (path / TENSORS).is_file():
+            raise ValueError(f"--source {path} is a folder without a {TENSORS}. Give the file with the weights.")
+        path /= TENSORS
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--source {path} is of no known type. Give a file that ends in {', '.join(SUFFIXES)}.")
     if not path.is_file():
@@ -91,6 +115,56 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} exists already and is not overwritten. Give another name, or remove it.")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Mend it, or move the weights away from it.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object. Mend it, or move the weights away from it.")
+    return content
+
+
+def _configs(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and preprocessor_config.json of a folder, or beside its model.safetensors."""
+    if source.is_file() and source.name != TENSORS:
+        return {}, {}
+    folder = source if source.is_dir() else source.parent
+    return read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
+
+
+def _check_options(options: Convert, kind: Kind) -> None:
+    if kind == "umd" and options.num_heads is not None:
+        raise ValueError(
+            "--num-heads is for a DiT, a MAE or a ViT; UMD's weights tell their heads themselves. Leave it out."
+        )
+    for name in ("decoder_heads", "patch_norm", "mean", "std", "check"):
+        if getattr(options, name) is not None and kind in ("umd", "dit"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a MAE or a ViT; this is {kind.upper()}'s. Leave it out."
+            )
+
+
+def _check_against(library: str, model: AnyModel, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """What to say of the comparison with the original's own library."""
+    try:
+        difference, what = largest_difference(model, tensors, config)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{library} cannot build what config.json describes from these tensors ({str(error).splitlines()[0]}), so nothing "
+            "was written. --no-check converts it all the same."
+        ) from None
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"The converted model's {what} differ from {library}'s by {difference:.2g}, which is more than {TOLERANCE:g}, so "
+            "nothing was written: the file is of a network that computes something else. --no-check converts it all the same."
+        )
+    return f"Compared with {library} on random pictures: {what} differ by {difference:.2g} at most."
+
+
 def convert(options: Convert) -> dict[str, Any]:
     """Run `unveil convert`.
 
@@ -103,11 +177,35 @@ def convert(options: Convert) -> dict[str, Any]:
     _check_out(options.out)
     tensors, averaged = read_tensors(options.source)
     kind: Kind = options.kind or recognise(tensors)
-    if kind == "umd" and options.num_heads is not None:
-        raise ValueError("--num-heads is for a DiT; UMD's weights tell their heads themselves. Leave it out.")
-    recipe, state, report = from_umd(tensors) if kind == "umd" else from_dit(tensors, num_heads=options.num_heads)
+    _check_options(options, kind)
+    notices, config = [], {}
+    if kind in ("umd", "dit"):
+        recipe, state, report = from_umd(tensors) if kind == "umd" else from_dit(tensors, num_heads=options.num_heads)
+    else:
+        given = Told(
+            num_heads=options.num_heads,
+            decoder_heads=options.decoder_heads,
+            patch_norm=options.patch_norm,
+            mean=options.mean,
+            std=options.std,
+        )
+        config, preprocessor = _configs(options.source)
+        recipe, state, report, notices = from_vit(
+            tensors, kind=kind, given=given, config=read_config(config, preprocessor)
+        )
     with torch.random.fork_rng(devices=[]):
-        MaskedDiffusionAutoencoder(recipe).load_state_dict(state)  # every tensor of the model is filled, or this raises
+        model = model_of(recipe, report.parts)
+    model.load_state_dict(state)  # every tensor of the model is filled, or this raises
+    if kind in ("mae", "vit") and options.check is not False:
+        library = library_of(tensors)
+        if is_installed(library):
+            notices.append(_check_against(library, model.eval(), tensors, config))
+        elif options.check:
+            raise ValueError(
+                f"--check needs {library}, which is not installed. Run pip install {library}, or leave it out."
+            )
+        else:
+            notices.append(f"Not compared with {library}, which is not installed.")
     average = " (their running average)" if averaged else ""
     about = About(
         step=0,  # how long they were trained is not in the file
@@ -115,9 +213,9 @@ def convert(options: Convert) -> dict[str, Any]:
         ema_decay=DIT_EMA_DECAY if averaged and kind == "dit" else None,
         data=f"not known: converted from {options.source.name}{average}",
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        parts=report.parts,
     )
     save_weights(options.out, recipe, state, about)
-    notices = []
     if not recipe.clip.bounded:
         notices.append(
             f"It was trained on latents of {recipe.clip.channels} channels, as an autoencoder makes them, so `unveil generate` "
@@ -125,7 +223,8 @@ def convert(options: Convert) -> dict[str, Any]:
         )
     return {
         "out": str(options.out),
-        "kind": kind,
+        "kind": report.kind,
+        "parts": list(report.parts),
         "recipe": to_dict(recipe),
         "ema_decay": about.ema_decay,
         "parameters": sum(value.numel() for value in state.values()),

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unveil.checkpoint import FromRun, find_weights, load_model, pick_device, replacing
+from unveil.checkpoint import FromRun, find_weights, load_encoder, pick_device, replacing
 from unveil.data import Batch, Samples, Skipped, Source, batches, source_for
 from unveil.features import Features, Kept, encoder_features, usual_pool
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.model import AnyModel
 
 ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are written to a parquet file
 
@@ -124,7 +124,7 @@ def write_npz(file: Path, parts: Iterator[Part], about: str) -> None:
         np.savez(stream, allow_pickle=False, metadata=np.array(about), **arrays)
 
 
-def _about(options: Embed, model: MaskedDiffusionAutoencoder, source: Source) -> dict[str, Any]:
+def _about(options: Embed, model: AnyModel, source: Source) -> dict[str, Any]:
     """What a file says of its features."""
     recipe, clip = model.recipe, model.recipe.clip
     return {
@@ -158,7 +158,7 @@ def embed(options: Embed, on_progress: Callable[[int, int], None] | None = None)
     """
     _check_out(options.out)
     device = pick_device(options.device)
-    model, _ = load_model(options.run, device)
+    model, _ = load_encoder(options.run, device)
     source = source_for(options.data, model.recipe.clip)
     function = encoder_features(model, options.pool, options.time, options.seed)
     samples = Samples(source, model.recipe.clip, seed=0, training=None)

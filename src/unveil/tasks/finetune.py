@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from unveil import draws, finetuning
-from unveil.checkpoint import BEST, WEIGHTS, FromRun, load_model, write_atomically
+from unveil.checkpoint import BEST, WEIGHTS, FromRun, load_encoder, write_atomically
 from unveil.data import Samples, Source, source_for
 from unveil.features import usual_pool
 from unveil.finetuning import FineTuning, Recognition, Task
@@ -207,7 +207,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     Raises:
         ValueError: the data has no labels that fit the task, or an option is out of its range.
     """
-    model, _ = load_model(options.run)
+    model, _ = load_encoder(options.run)
     recipe = model.recipe
     if options.image_size is not None:
         height, width = parse_image_size(options.image_size)

@@ -1,22 +1,17 @@
 """From a pre-trained model to a class-conditional generator."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from unveil.checkpoint import FromRun, load_model
 from unveil.data import source_for
-from unveil.model import MaskedDiffusionAutoencoder
 from unveil.planning import TrainingOptions, planned, prepare
 from unveil.recipe import Recipe
 from unveil.recipes import generator
+from unveil.start import carry_over
 from unveil.train import Progress, train
-
-LABEL_TABLE = "condition.label_embed.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +53,6 @@ def with_clean_share(recipe: Recipe, share: float) -> Recipe:
     return dataclasses.replace(recipe, branches=(*kept, dataclasses.replace(noisy, share=1 - share)))
 
 
-def modules_of(names: Collection[str], known: Collection[str]) -> list[str]:
-    """Some of a model's tensors as few words: the largest modules of which every one of the known tensors is meant."""
-    others = set(known) - set(names)
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        found.add(next(p for p in prefixes if p == name or not any(other.startswith(p + ".") for other in others)))
-    return sorted(found)
-
-
-def what_carries_over(
-    state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], same_classes: bool
-) -> dict[str, Tensor]:
-    """The tensors that a new model takes from a pre-trained one: of the same name and shape.
-
-    Args:
-        shapes: of the new model.
-        same_classes: whether the rows of a table of classes mean the same in both, as far as is known.
-    """
-    return {
-        name: value
-        for name, value in state.items()
-        if shapes.get(name) == tuple(value.shape) and (same_classes or name != LABEL_TABLE)
-    }
-
-
 def finetune_generator(
     options: FinetuneGenerator, on_progress: Callable[[Progress], None] | None = None
 ) -> dict[str, Any]:
@@ -110,10 +78,7 @@ def finetune_generator(
         training = dataclasses.replace(training, label_dropout=options.label_dropout)
     recipe = dataclasses.replace(recipe, training=training)
 
-    state = model.state_dict()
-    with torch.device("meta"):  # names and shapes, no memory
-        new = MaskedDiffusionAutoencoder(recipe).state_dict()
-    initial = what_carries_over(state, {n: tuple(v.shape) for n, v in new.items()}, about.classes in ((), classes))
+    initial, report = carry_over(model, recipe, about.classes in ((), classes))
     clean = recipe.branch_on("none")
     if clean is not None and clean.share * min(training.batch_size, len(source)) < 1:
         raise ValueError(
@@ -126,8 +91,5 @@ def finetune_generator(
         **outcome,
         "start": f"{model.recipe.name} {model.recipe.size}",
         "num_classes": len(classes),
-        "loaded": len(initial),
-        "tensors": len(new),
-        "fresh": modules_of(new.keys() - initial.keys(), new),
-        "dropped": modules_of(state.keys() - initial.keys(), state),
+        **report,
     }

@@ -7,7 +7,7 @@ import torch
 
 from unveil.checkpoint import FromRun, find_weights, read_header, read_recognition
 from unveil.cost import encode_cost, masked_step
-from unveil.model import MaskedDiffusionAutoencoder
+from unveil.model import model_of
 from unveil.recipe import to_dict
 from unveil.recognizer import Recognizer
 
@@ -32,12 +32,12 @@ def info(options: Info) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + count
     recognition = read_recognition(options.run)
     with torch.device("meta"):  # names and shapes, no memory
-        if recognition is None:
-            expected = MaskedDiffusionAutoencoder(recipe)
-            can, cost = sorted(expected.can), masked_step(recipe)
-        else:
+        if recognition is not None:
             expected = Recognizer(recipe, recognition)
             can, cost = ["recognise"], encode_cost(recipe)
+        else:
+            expected = model_of(recipe, about.parts)
+            can, cost = sorted(expected.can), encode_cost(recipe) if about.parts else masked_step(recipe)
     return {
         "file": str(find_weights(options.run)),
         "can": can,

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from unveil import recipes, sizes
+from unveil.checkpoint import load_encoder
 from unveil.config import DecoderKind, Masking, ScheduleKind
 from unveil.data import source_for
 from unveil.planning import TrainingOptions, parse_image_size, planned, prepare
 from unveil.recipe import Recipe
+from unveil.start import carry_over, starting_from
 from unveil.train import Progress, train
 
 RecipeName = Literal[
@@ -57,6 +60,9 @@ class Pretrain(TrainingOptions):
     """umd, mae_umd: as the authors' code does it, with what docs/umd.md names as its flaws."""
     labels: bool = False
     """Train with the classes of the data, for dit, maskdit and the others that generate. Default: without."""
+    init: Path | None = None
+    """A run or weights file to start from, also one of an encoder only: all tensors of the same name and shape are its. The
+    encoder must be of the same size; its normalisation and kind of positions are taken. Default: drawn weights."""
 
 
 BUILT_IN = {
@@ -100,8 +106,15 @@ def recipe_of(options: Pretrain) -> Recipe:
 
 
 def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Run `unveil pretrain`; see `Pretrain` for the options and `train` for what is returned."""
+    """Run `unveil pretrain`; see `Pretrain` for the options and `train` for what is returned, and with --init:
+
+    Returns:
+        "start", the recipe of the weights that it started from, and what became of them: see `unveil.start.carry_over`.
+    """
     recipe = recipe_of(options)
+    loaded = None if options.init is None else load_encoder(options.init)
+    if loaded is not None:
+        recipe = starting_from(recipe, loaded[0].recipe)
     if options.labels and recipe.noise_on != "visible":
         raise ValueError(
             f"--labels, but {recipe.name} as it is asked for here cannot be told a class: that takes an encoder that sees "
@@ -114,5 +127,11 @@ def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None =
         told = dataclasses.replace(recipe.condition, num_classes=len(classes))
         training = dataclasses.replace(recipe.training, label_dropout=sizes.LABEL_DROPOUT)
         recipe = dataclasses.replace(recipe, condition=told, training=training)
-    recipe, samples, run = prepare(recipe, source, options, classes)
-    return train(recipe, samples, run, on_progress)
+    if loaded is None:
+        recipe, samples, run = prepare(recipe, source, options, classes)
+        return train(recipe, samples, run, on_progress)
+    model, about = loaded
+    initial, report = carry_over(model, recipe, about.classes == classes)
+    recipe, samples, run = prepare(recipe, source, options, classes, start=str(options.init))
+    outcome = train(recipe, samples, run, on_progress, initial)
+    return {**outcome, "start": f"{model.recipe.name} {model.recipe.size}", **report}

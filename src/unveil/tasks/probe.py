@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import FromRun, load_model, pick_device
+from unveil.checkpoint import FromRun, load_encoder, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, chosen_batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, untrained, usual_pool
@@ -223,7 +223,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     """
     _check_options(options)
     device = pick_device(options.device)
-    model, _ = load_model(options.run, device)
+    model, _ = load_encoder(options.run, device)
     clip = model.recipe.clip
     train_samples = _labelled(options.data, clip)
     functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import FromRun, load_model, pick_device, write_atomically
+from unveil.checkpoint import FromRun, load_encoder, pick_device, write_atomically
 from unveil.config import Clip
 from unveil.data import Samples, batches, check_pixels, source_for
 from unveil.features import encoder_features, extract, untrained
@@ -195,7 +195,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
     """
     _check(options)
     device = pick_device(options.device)
-    model, _ = load_model(options.run, device)
+    model, _ = load_encoder(options.run, device)
     clip = model.recipe.clip
     functions = {"encoder": encoder_features(model, "patches", options.time, options.seed)}
     if options.baselines:

@@ -1,0 +1,360 @@
+"""An encoder that is written for another library computes there what it computes here, on the same raw pictures.
+
+Everything is random, also what starts at zero; the pictures are normalised by hand from what the file says of itself.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from small import build, clips_for, shipped, small
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTModel
+
+from unveil import recipes, sizes
+from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
+from unveil.cli import main
+from unveil.config import Network
+from unveil.convert_vit import Told, from_vit
+from unveil.export import TIMM_NAMES, EncoderGraph, to_timm, write_onnx
+from unveil.features import encoder_features
+from unveil.masking import Mask, gather
+from unveil.model import MaskedDiffusionAutoencoder, model_of
+from unveil.recipe import Recipe
+from unveil.tasks.convert import Convert, convert
+from unveil.tasks.export import Export, export
+
+ABOUT = About(step=7, images_seen=99, ema_decay=None, data="photos/", command="unveil pretrain --data photos/")
+ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(bool(ONNX), reason=f"{' and '.join(ONNX)} not installed; pip install 'unveil[export]'")
+
+
+def changed(recipe: Recipe, **network: Any) -> Recipe:
+    return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, **network))
+
+
+def save(folder: Path, recipe: Recipe, **about: Any) -> MaskedDiffusionAutoencoder:
+    model = build(recipe)
+    save_weights(folder / WEIGHTS, recipe, model.state_dict(), ABOUT)
+    return model
+
+
+def normalised(x: Tensor, mean: Any, std: Any) -> Tensor:
+    return ((x - torch.tensor(mean).reshape(-1, 1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1, 1))[:, :, 0]
+
+
+def no_class_token(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, num_class_tokens=0))
+
+
+RECIPES = {
+    "mae": small("mae"),
+    "diffmae": small("diffmae"),
+    "mae_raw, grey": small("mae_raw", channels=1),
+    "learned positions": changed(small("mae"), positions="learned"),
+    "another eps": changed(small("mae"), norm_eps=1e-3),
+    "cross": small("mae_raw", decoder="cross_self"),
+    "rectangle": small("diffmae", width=24),
+    "no class token": no_class_token(small("mae")),
+}
+
+
+# timm
+
+
+def loaded_by_timm(call: str) -> Any:
+    """What the line of Python makes that the command prints."""
+    return eval(call, {"timm": timm, "torch": torch, "functools": functools}).eval()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", RECIPES)
+@torch.no_grad()
+def test_timm_agrees(tmp_path: Path, name: str, suffix: str) -> None:
+    ours = save(tmp_path, RECIPES[name])
+    out = tmp_path / f"vit{suffix}"
+    result = export(Export(run=tmp_path, to="timm", out=out))
+    theirs = loaded_by_timm(result["load"])
+    beside = json.loads(out.with_suffix(".json").read_text())["pretrained_cfg"]
+    x = clips_for(ours.recipe)
+    tokens = theirs.forward_features(normalised(x, beside["mean"], beside["std"]))
+    assert_close(tokens, ours.encode(x), rtol=1e-5, atol=1e-5)
+    assert_close(theirs(normalised(x, beside["mean"], beside["std"])), torch.zeros(len(x), 1000))
+    if suffix == ".safetensors":
+        with safetensors.safe_open(out, framework="pt") as file:
+            assert json.loads(file.metadata()["mean"]) == beside["mean"] == list(ours.recipe.clip.mean)
+
+
+@torch.no_grad()
+def test_a_named_model_loads_by_its_name(tmp_path: Path) -> None:
+    """vit_tiny_patch16_224, whose name alone is enough."""
+    recipe = small("mae", size="Ti/16", height=224, depth=12, decoder_depth=1)
+    assert shipped("mae").clip.height == 224
+    encoder = sizes.ENCODERS["Ti"]
+    ours = save(tmp_path, dataclasses.replace(recipe, encoder=encoder, size="Ti/16"))
+    result = export(Export(run=tmp_path, to="timm", out=tmp_path / "ti.safetensors"))
+    assert result["load"].startswith("timm.create_model('vit_tiny_patch16_224', checkpoint_path=")
+    theirs = loaded_by_timm(result["load"])
+    x = clips_for(ours.recipe, n=1)
+    tokens = theirs.forward_features(normalised(x, result["mean"], result["std"]))
+    assert_close(tokens, ours.encode(x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_name_of_timms_fits() -> None:
+    """A file that is said to be for a name has exactly its tensors."""
+    for (size, side), name in TIMM_NAMES.items():
+        with torch.device("meta"):
+            theirs = timm.create_model(name).state_dict()
+            state, config = to_timm(MaskedDiffusionAutoencoder(recipes.mae(size, height=side)), 1000)
+        assert (config["architecture"], config["model_args"]) == (name, {})
+        assert {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in theirs.items()}
+
+
+def test_a_head_may_be_left_out(tmp_path: Path) -> None:
+    save(tmp_path, small("mae"))
+    result = export(Export(run=tmp_path, to="timm", out=tmp_path / "vit.safetensors", head_classes=0))
+    assert "num_classes=0" in result["load"]
+    assert not any("head" in notice for notice in result["notices"])
+    loaded_by_timm(result["load"])
+
+
+def test_there_and_back_by_timm(tmp_path: Path) -> None:
+    ours = save(tmp_path, small("mae"))
+    export(Export(run=tmp_path, to="timm", out=tmp_path / "vit.safetensors"))
+    tensors = safetensors.torch.load_file(tmp_path / "vit.safetensors")
+    recipe, state, report, _ = from_vit(tensors, kind="vit", given=Told(num_heads=ours.recipe.encoder.num_heads))
+    assert recipe.name == "mae"  # its positions are MAE's
+    back = model_of(recipe, report.parts)
+    back.load_state_dict(state)
+    for name, value in back.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+# Hugging Face
+
+
+@pytest.mark.parametrize("name", ["diffmae", "cross", "learned positions", "another eps"])
+@torch.no_grad()
+def test_hugging_faces_encoder_agrees(tmp_path: Path, name: str) -> None:
+    ours = save(tmp_path, RECIPES[name])
+    folder = tmp_path / "hf"
+    export(Export(run=tmp_path, to="hf", out=folder))
+    theirs, told = ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    assert not told["missing_keys"]
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    x = clips_for(ours.recipe)
+    inputs = normalised(x, preprocessor["image_mean"], preprocessor["image_std"])
+    assert_close(theirs.eval()(pixel_values=inputs).last_hidden_state, ours.encode(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        small("mae"),
+        small("mae_raw", mask_ratio=0.5),
+        changed(small("mae"), positions="learned", norm_eps=1e-3),
+    ],
+    ids=["mae", "raw", "learned"],
+)
+@torch.no_grad()
+def test_hugging_faces_mae_agrees_and_comes_back(tmp_path: Path, recipe: Recipe) -> None:
+    ours = save(tmp_path, recipe)
+    folder = tmp_path / "hf"
+    result = export(Export(run=tmp_path, to="hf", out=folder))
+    assert "transformers.ViTMAEForPreTraining.from_pretrained" in result["load"]
+    theirs, told = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    x, N = clips_for(recipe), recipe.clip.num_tokens
+    noise = torch.rand(len(x), N, generator=torch.Generator().manual_seed(3))
+    inputs = normalised(x, recipe.clip.mean, recipe.clip.std)
+    expected = theirs.eval()(pixel_values=inputs, noise=noise)
+    order, num_visible = noise.argsort(dim=1), N - int(expected.mask[0].sum())
+    assert num_visible == N * (1 - recipe.branches[0].mask_ratio)
+    mask = Mask(order[:, :num_visible], order[:, num_visible:])
+    predictions = ours(gather(ours.tokens(x), mask.visible), mask)["hidden"]["x0"]
+    assert_close(predictions, gather(expected.logits, mask.hidden), rtol=1e-5, atol=1e-5)
+    assert theirs.config.norm_pix_loss == recipe.branches[0].terms[0].patch_norm
+
+    convert(Convert(source=folder, out=tmp_path / "back.safetensors"))
+    back, _ = load_model(tmp_path / "back.safetensors")
+    assert back.recipe.clip == recipe.clip
+    assert back.recipe.network == recipe.network
+    for name, value in back.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+@torch.no_grad()
+def test_equal_widths_get_the_identity(tmp_path: Path) -> None:
+    """Hugging Face has a map between encoder and decoder at any width."""
+    recipe = small("mae")
+    assert recipe.decoder is not None
+    decoder = dataclasses.replace(recipe.decoder, embed_dim=recipe.encoder.embed_dim)
+    ours = save(tmp_path, dataclasses.replace(recipe, decoder=decoder))
+    export(Export(run=tmp_path, to="hf", out=tmp_path / "hf"))
+    theirs = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    x, N = clips_for(recipe), recipe.clip.num_tokens
+    order = torch.arange(N).expand(len(x), -1)
+    expected = theirs(pixel_values=normalised(x, recipe.clip.mean, recipe.clip.std), noise=order.float()).logits
+    mask = Mask(order[:, : N // 4], order[:, N // 4 :])
+    predictions = ours(gather(ours.tokens(x), mask.visible), mask)["hidden"]["x0"]
+    assert_close(predictions, gather(expected, mask.hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_the_preprocessor_is_read_by_its_library(tmp_path: Path) -> None:
+    recipe = small("mae")
+    save(tmp_path, recipe)
+    export(Export(run=tmp_path, to="hf", out=tmp_path / "hf"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert list(processor.image_mean) == list(recipe.clip.mean)
+    assert list(processor.image_std) == list(recipe.clip.std)
+
+
+# ONNX
+
+
+@pytest.mark.parametrize("name", ["mae", "umd", "dit", "diffmae"])
+@torch.no_grad()
+def test_the_graph_is_the_encoder_at_time_zero_and_its_features(name: str) -> None:
+    """Before it becomes a graph: the tokens of `encode`, and the features that a probe reads."""
+    model = build(small(name))
+    x = clips_for(model.recipe)
+    tokens, pooled = EncoderGraph(model)(x[:, :, 0])
+    assert torch.equal(tokens, model.encode(x))
+    assert_close(pooled, encoder_features(model)(x, torch.arange(len(x))))
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        small("mae"),
+        small("umd"),
+        pytest.param(small("diffmae", channels=1), marks=pytest.mark.slow),
+        pytest.param(small("dit"), marks=pytest.mark.slow),
+        pytest.param(small("umd_flow"), marks=pytest.mark.slow),
+        pytest.param(small("mae", frames=4), marks=pytest.mark.slow),
+    ],
+    ids=["mae", "umd", "diffmae", "dit", "umd_flow", "video"],
+)
+@torch.no_grad()
+def test_onnxruntime_agrees(tmp_path: Path, recipe: Recipe) -> None:
+    import onnxruntime  # type: ignore[import-not-found]
+
+    ours = save(tmp_path, recipe)
+    out = tmp_path / "encoder.onnx"
+    export(Export(run=tmp_path, to="onnx", out=out))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["mean"]) == list(recipe.clip.mean)
+    assert json.loads(metadata["std"]) == list(recipe.clip.std)
+    for n in (1, 2, 5):  # the batch is free
+        x = clips_for(recipe, n=n, seed=n)
+        pixels = x if recipe.clip.frames > 1 else x[:, :, 0]
+        tokens, pooled = session.run(["tokens", "pooled"], {"pixels": pixels.numpy()})
+        assert_close(torch.from_numpy(tokens), ours.encode(x), rtol=1e-4, atol=1e-4)
+        expected = encoder_features(ours)(x, torch.arange(n))
+        assert_close(torch.from_numpy(pooled), expected, rtol=1e-4, atol=1e-4)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "recipe, to, message",
+    [
+        (small("umd"), "timm", "the encoder of this umd is told the time, which a plain ViT"),
+        (small("dit"), "hf", "the encoder of this dit is told the time"),
+        (small("mae_umd"), "timm", "the encoder of this mae_umd is told the time"),
+        (small("mae", frames=4), "timm", "sees clips of 4 frames"),
+        (changed(small("mae"), norm="rms"), "timm", "has norm='rms'"),
+        (changed(small("mae"), mlp="swiglu"), "timm", "has mlp='swiglu'"),
+        (changed(small("mae"), qk_norm=True), "hf", "normalises queries and keys"),
+        (changed(small("mae"), positions="rotary"), "hf", "has rotary positions"),
+        (no_class_token(small("mae")), "hf", "has no class token"),
+        (small("mae", width=24), "hf", "sees pictures of 16 x 24"),
+    ],
+)
+def test_export_refuses_what_is_no_plain_vit(tmp_path: Path, recipe: Recipe, to: Any, message: str) -> None:
+    save(tmp_path, recipe)
+    out = tmp_path / ("out.safetensors" if to == "timm" else "out")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(Export(run=tmp_path, to=to, out=out))
+    assert [p.name for p in tmp_path.iterdir()] == [WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"to": "timm", "out": "x.bin"}, "x.bin must end in .safetensors or .pth for --to timm."),
+        ({"to": "onnx", "out": "x.pth"}, "x.pth must end in .onnx for --to onnx."),
+        ({"to": "hf", "out": "x.safetensors"}, "names a file, but --to hf writes a folder"),
+        ({"to": "hf", "out": "there"}, "there exists already and is not overwritten"),
+        ({"to": "timm", "out": "there.pth"}, "there.json exists already and is not overwritten"),
+        ({"to": "hf", "out": "x", "head_classes": 3}, "--head-classes belongs to --to timm, but it is hf."),
+        ({"to": "timm", "out": "x.pth", "head_classes": -1}, "--head-classes -1: it is a count"),
+    ],
+)
+def test_export_refuses(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    save(tmp_path / "run", small("mae"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.json").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(Export(run=tmp_path / "run", **{**options, "out": tmp_path / options["out"]}))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_onnx_refuses_without_its_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, small("mae"))
+    monkeypatch.setattr("unveil.export.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"--to onnx needs onnx, which is not installed. Run pip install 'unveil\[export\]'"
+    ):
+        export(Export(run=tmp_path, to="onnx", out=tmp_path / "x.onnx"))
+
+
+def test_onnx_refuses_what_one_file_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unveil.export.importlib.util.find_spec", lambda name: True)
+    with torch.device("meta"):
+        model = MaskedDiffusionAutoencoder(recipes.mae("H/14"))
+    with pytest.raises(ValueError, match=r"the encoder's weights are 2\.5 GB, and one file holds 1\.5 GB of them"):
+        write_onnx(tmp_path / "x.onnx", model)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "run", small("mae"))
+
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("unveil.export.safetensors.torch.save_file", full)
+    for to, name in (("hf", "out"), ("timm", "out.safetensors")):
+        with pytest.raises(OSError, match="No space left"):
+            export(Export(run=tmp_path / "run", to=to, out=tmp_path / name))  # type: ignore[arg-type]
+        assert not (tmp_path / name).exists()
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_says_how_to_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, small("mae"))
+    main(["export", "--run", str(tmp_path), "--to", "timm", "--out", str(tmp_path / "vit.pth")])
+    told = capsys.readouterr().out
+    assert (
+        "the encoder of mae Nano/4. It is loaded by\n  timm.create_model('vit_base_patch16_224', img_size=[16, 16]"
+        in told
+    )
+    assert "do that first" in told
+    assert Network().norm_eps == 1e-6  # so that norm_layer need not be said
+    assert "norm_layer" not in told
