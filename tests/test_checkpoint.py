@@ -335,9 +335,9 @@ def test_an_encoder_only_refuses_to_paint(tmp_path: Path) -> None:
     model: Any = load_encoder(encoder_only(tmp_path / WEIGHTS, build(small("mae_raw"))))[0]
     clips = clips_for(model.recipe)
     with pytest.raises(ValueError, match="This mae_raw is an encoder only, so it predicts nothing"):
-        repaint(model, clips, torch.zeros(2, 1, 16, 16, dtype=torch.bool))
+        repaint(model, clips, torch.zeros(2, 1, 16, 16, dtype=torch.bool), num_steps=2)
     with pytest.raises(ValueError, match="This mae_raw is an encoder only, so it predicts nothing"):
-        generate(model, range(2))
+        generate(model, range(2), num_steps=2)
 
 
 @pytest.mark.parametrize(

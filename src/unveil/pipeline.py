@@ -35,8 +35,8 @@ class RowNoise:
 def _check_whole(model: AnyModel) -> None:
     if model.parts:
         raise ValueError(
-            f"This {model.recipe.name} is an encoder only, so it predicts nothing: it cannot paint or generate. Use it for probe or "
-            "embed, or start a pre-training from it."
+            f"This {model.recipe.name} is an encoder only, so it predicts nothing: it cannot paint or generate. Use it for "
+            "probe or embed, or start a pre-training from it."
         )
 
 
