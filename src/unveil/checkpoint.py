@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unveil import __version__
 from unveil.finetuning import Recognition
+from unveil.hub import download, is_remote
 from unveil.model import AnyModel, MaskedDiffusionAutoencoder, model_of
 from unveil.recipe import Recipe, recipe_from_dict, section_from_dict, to_dict
 
@@ -48,7 +49,7 @@ class FromRun:
     """Options of a command that starts from a model."""
 
     run: Path
-    """A run directory or a weights file."""
+    """A run directory, a weights file, or a model on the Hugging Face hub, as hf:owner/model or hf:owner/model@revision."""
 
 
 @contextlib.contextmanager
@@ -90,7 +91,9 @@ def save_weights(
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that a user means by a run directory or a file."""
+    """The weights file that a user means by a run directory, a file, or a name on the hub, `hf:owner/model`."""
+    if is_remote(path):
+        return download(str(path), WEIGHTS)
     path = Path(path)
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
