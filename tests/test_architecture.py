@@ -71,7 +71,7 @@ FLOORS = {
     "pretrained": 6,
     "api": 10,
     "planning": 7,
-    "recognizer": 7,
+    "recognizer": 6,
     "recognition_job": 8,
     "recognition_report": 7,
     "export": 7,

@@ -26,11 +26,13 @@ from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
 from unveil.cli import main
 from unveil.config import Network
 from unveil.convert_vit import Told, from_vit
-from unveil.export import TIMM_NAMES, EncoderGraph, to_timm, write_onnx
+from unveil.export import TIMM_NAMES, EncoderGraph, RecognizerGraph, to_timm, write_onnx
 from unveil.features import encoder_features
+from unveil.finetuning import SMALL, Recognition
 from unveil.masking import Mask, gather
 from unveil.model import MaskedDiffusionAutoencoder, model_of
 from unveil.recipe import Recipe
+from unveil.recognizer import Recognizer
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.export import Export, export
 
@@ -265,6 +267,76 @@ def test_onnxruntime_agrees(tmp_path: Path, recipe: Recipe) -> None:
         assert_close(torch.from_numpy(tokens), ours.encode(x), rtol=1e-4, atol=1e-4)
         expected = encoder_features(ours)(x, torch.arange(n))
         assert_close(torch.from_numpy(pooled), expected, rtol=1e-4, atol=1e-4)
+
+
+# Fine-tuned networks
+
+
+def tuned(folder: Path, task: Any = "single", pool: Any = "mean", name: str = "mae", **arguments: Any) -> Recognizer:
+    """A fine-tuned network of three outputs, everything about it random."""
+    outputs = ("cat", "dog", "owl")
+    numbers = {"offset": (1.0, 2.0, 3.0), "scale": (4.0, 5.0, 6.0)} if task == "regression" else {}
+    told = Recognition(task=task, outputs=outputs, pool=pool, training=SMALL, **numbers)
+    recipe = small(name, **arguments)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Recognizer(recipe, told).eval()
+        for parameter in network.parameters():
+            parameter.data.normal_(std=0.2)
+    save_weights(folder / WEIGHTS, recipe, network.state_dict(), ABOUT, told)
+    return network
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+@pytest.mark.parametrize("task", ["single", "multi", "regression"])
+@torch.no_grad()
+def test_timm_tells_what_a_fine_tuned_network_tells(tmp_path: Path, task: str, pool: str) -> None:
+    ours = tuned(tmp_path, task, pool)
+    result = export(Export(run=tmp_path, to="timm", out=tmp_path / "vit.pth"))
+    theirs = loaded_by_timm(result["load"])
+    beside = json.loads((tmp_path / "vit.json").read_text())
+    assert beside["outputs"] == ["cat", "dog", "owl"]
+    x = clips_for(ours.recipe, 3)
+    output = theirs(normalised(x, beside["pretrained_cfg"]["mean"], beside["pretrained_cfg"]["std"]))
+    expected = ours.predict(x)
+    told = {"single": output.softmax(1), "multi": output.sigmoid(), "regression": output}[task]
+    assert_close(told, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std(0).max() > 1e-3
+    assert any("cat, dog, owl" in notice for notice in result["notices"])
+
+
+@torch.no_grad()
+def test_a_fine_tuned_networks_graph_tells_the_same_before_it_is_one(tmp_path: Path) -> None:
+    for name in ("mae", "umd", "dit"):
+        ours = tuned(tmp_path / name, name=name)
+        x = clips_for(ours.recipe, 3)
+        told, pooled = RecognizerGraph(ours)(x[:, :, 0])
+        assert_close(told, ours.predict(x))
+        assert_close(pooled, ours.pooled(x))
+
+
+@needs_onnx
+@torch.no_grad()
+def test_onnxruntime_tells_what_a_fine_tuned_network_tells(tmp_path: Path) -> None:
+    import onnxruntime  # type: ignore[import-not-found]
+
+    ours = tuned(tmp_path, "regression", name="umd")
+    export(Export(run=tmp_path, to="onnx", out=tmp_path / "net.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["outputs"]) == ["cat", "dog", "owl"]
+    x = clips_for(ours.recipe, 4)
+    told, pooled = session.run(["told", "pooled"], {"pixels": x[:, :, 0].numpy()})
+    assert_close(torch.from_numpy(told), ours.predict(x), rtol=1e-4, atol=1e-4)
+    assert_close(torch.from_numpy(pooled), ours.pooled(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fine_tuned_network_refuses_another_head(tmp_path: Path) -> None:
+    tuned(tmp_path)
+    with pytest.raises(ValueError, match="is fine-tuned and brings its own head"):
+        export(Export(run=tmp_path, to="timm", out=tmp_path / "x.pth", head_classes=5))
+    with pytest.raises(ValueError, match="Hugging Face's ViT for classification has another head"):
+        export(Export(run=tmp_path, to="hf", out=tmp_path / "x"))
+    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS}
 
 
 # Refusals

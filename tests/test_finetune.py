@@ -42,6 +42,7 @@ from unveil.recognizer import (
 )
 from unveil.sources import Listed
 from unveil.targets import truth_of
+from unveil.tasks.embed import Embed, embed
 from unveil.tasks.finetune import Finetune, finetune, training_of
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
@@ -677,6 +678,22 @@ def test_predictions_are_those_of_the_network(tmp_path: Path, run: Path) -> None
         assert sum(float(row[name]) for name in DIGITS) == pytest.approx(1, abs=1e-4)
     assert sum(made["counts"].values()) == 5
     assert result["last"]["accuracy"] > 15
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+def test_what_the_head_reads_can_be_embedded(tmp_path: Path, run: Path, pool: Any) -> None:
+    tuned(run, tmp_path / "out", pool=pool)
+    made = embed(Embed(run=tmp_path / "out", data="digits:test", out=tmp_path / "features.npz", device="cpu"))
+    assert (made["pool"], made["shape"]) == (pool, [32])
+    network, _ = load_recognizer(tmp_path / "out")
+    samples = Samples(open_source("digits:test", 1), network.recipe.clip, 0, None)
+    clips = torch.stack([samples[0, i].clip for i in range(9)])  # type: ignore[misc]
+    with np.load(tmp_path / "features.npz") as file:
+        torch.testing.assert_close(
+            torch.from_numpy(file["features"][:9]), network.pooled(clips).detach(), rtol=0, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="so it has no other features"):
+        embed(Embed(run=tmp_path / "out", data="digits:test", out=tmp_path / "x.npz", pool="patches", device="cpu"))
 
 
 # What the command says

@@ -19,6 +19,7 @@ from unveil.checkpoint import write_atomically
 from unveil.features import usual_pool
 from unveil.foreign import HF_BLOCK
 from unveil.model import AnyModel, MaskedDiffusionAutoencoder
+from unveil.recognizer import Recognizer
 
 # Shapes that timm has a name for; all else is given to its base model as arguments.
 TIMM_NAMES = {
@@ -35,7 +36,7 @@ LARGEST_GRAPH = (
 )
 
 
-def check_plain(model: AnyModel, to: str) -> None:
+def check_plain(model: AnyModel | Recognizer, to: str) -> None:
     """Refuse an encoder that is no plain ViT.
 
     Raises:
@@ -45,7 +46,7 @@ def check_plain(model: AnyModel, to: str) -> None:
     network, clip = recipe.network, recipe.clip
     reasons = {
         "is told the time": recipe.time_in_encoder,
-        "has its last norm in the head": recipe.decoder is None,
+        "has its last norm in the head": recipe.decoder is None and not isinstance(model, Recognizer),
         f"has norm={network.norm!r}": network.norm != "layer",
         f"has mlp={network.mlp!r}": network.mlp != "gelu",
         "normalises queries and keys": network.qk_norm,
@@ -63,7 +64,7 @@ def check_plain(model: AnyModel, to: str) -> None:
             )
 
 
-def _conv(weight: Tensor, model: AnyModel) -> Tensor:
+def _conv(weight: Tensor, model: AnyModel | Recognizer) -> Tensor:
     """The patch embedding (D, p * p * C) as a convolution's kernel, (D, C, p, p)."""
     clip = model.recipe.clip
     return weight.reshape(-1, clip.patch_size, clip.patch_size, clip.channels).permute(0, 3, 1, 2)
@@ -74,11 +75,25 @@ def _table(positions: Tensor, num_class_tokens: int) -> Tensor:
     return torch.cat([positions.new_zeros(num_class_tokens, positions.shape[1]), positions])[None]
 
 
-def to_timm(model: AnyModel, head_classes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _timm_head(model: Recognizer) -> tuple[dict[str, Tensor], str]:
+    """Norm and head of a fine-tuned network under timm's names, and timm's pool; numbers come out in their own units."""
+    told = model.recognition
+    scale = model.scale if told.scale else torch.ones(len(told.outputs))
+    offset = model.offset if told.offset else torch.zeros(len(told.outputs))
+    norm = "fc_norm" if told.pool == "mean" else "norm"
+    state = {f"{norm}.{name}": value for name, value in model.fc_norm.state_dict().items()}
+    state["head.weight"] = model.head.weight * scale[:, None]
+    state["head.bias"] = model.head.bias * scale + offset
+    return state, "avg" if told.pool == "mean" else "token"
+
+
+def to_timm(model: AnyModel | Recognizer, head_classes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state dict for timm's VisionTransformer, and what its config.json would say: architecture, model_args, mean and std.
 
     Args:
-        head_classes: rows of a head of zeros, which strict loading of a model with classes asks for; 0 for none.
+        model: a fine-tuned network goes with its head.
+        head_classes: rows of a head of zeros, which strict loading of a model with classes asks for; 0 for none. Of no
+            meaning for a fine-tuned network.
 
     Raises:
         ValueError: the encoder is no plain ViT.
@@ -93,7 +108,11 @@ def to_timm(model: AnyModel, head_classes: int) -> tuple[dict[str, Tensor], dict
     }
     state["patch_embed.proj.weight"] = _conv(state["patch_embed.proj.weight"], model)
     state["pos_embed"] = _table(model.encoder.positions.pos_embed, e.num_class_tokens)
-    if head_classes:
+    if isinstance(model, Recognizer):
+        tuned, pool = _timm_head(model)
+        state |= tuned
+        head_classes = len(model.recognition.outputs)
+    elif head_classes:
         state["head.weight"] = torch.zeros(head_classes, e.embed_dim)
         state["head.bias"] = torch.zeros(head_classes)
     size = clip.height if clip.height == clip.width else 0
@@ -110,12 +129,16 @@ def to_timm(model: AnyModel, head_classes: int) -> tuple[dict[str, Tensor], dict
         }
         if not e.num_class_tokens:
             arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if isinstance(model, Recognizer):
+        arguments |= {"global_pool": pool}
+        arguments.pop("fc_norm", None)
     return state, {
         "architecture": name or TIMM_BASE,
         "num_classes": head_classes,
         "num_features": e.embed_dim,
         "model_args": arguments,
         "norm_eps": recipe.network.norm_eps,
+        **({"outputs": list(model.recognition.outputs)} if isinstance(model, Recognizer) else {}),
         "pretrained_cfg": {
             "input_size": [clip.channels, clip.height, clip.width],
             "mean": list(clip.mean),
@@ -216,6 +239,19 @@ def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     return tensors, config, preprocessor
 
 
+class RecognizerGraph(nn.Module):
+    """Pixels to what a fine-tuned network tells: probabilities, or numbers; and the features that its head reads."""
+
+    def __init__(self, model: Recognizer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W), or (B, C, T, H, W) of a model of clips, to (B, K) and (B, D)."""
+        pooled = self.model.pooled(pixels if self.model.recipe.clip.frames > 1 else pixels[:, :, None])
+        return self.model.tell(self.model.head(pooled)), pooled
+
+
 class EncoderGraph(nn.Module):
     """Pixels to features, with all that the model does to them inside: normalisation, patches, t = 0 if it is told a time."""
 
@@ -235,8 +271,10 @@ class EncoderGraph(nn.Module):
         return tokens, pooled.mean(1)
 
 
-def write_onnx(path: Path, model: AnyModel) -> None:
+def write_onnx(path: Path, model: AnyModel | Recognizer) -> None:
     """The encoder as a graph: pixels -> tokens, pooled; any batch size. mean, std and recipe stand in its metadata.
+
+    Of a fine-tuned network: pixels -> told, pooled, and the names of what is told in the metadata.
 
     Raises:
         ValueError: the libraries for it are not installed.
@@ -253,14 +291,15 @@ def write_onnx(path: Path, model: AnyModel) -> None:
     clip = model.recipe.clip
     frames = (clip.frames,) if clip.frames > 1 else ()
     pixels = torch.rand(2, clip.channels, *frames, clip.height, clip.width)
+    tuned = isinstance(model, Recognizer)
     program = torch.onnx.export(
-        EncoderGraph(model).eval(),
+        (RecognizerGraph(model) if tuned else EncoderGraph(model)).eval(),
         (pixels,),
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
         input_names=["pixels"],
-        output_names=["tokens", "pooled"],
+        output_names=["told" if tuned else "tokens", "pooled"],
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
     )
     assert program is not None
@@ -270,7 +309,8 @@ def write_onnx(path: Path, model: AnyModel) -> None:
             "std": json.dumps(clip.std),
             "normalised": "inside the graph; pixels go in as numbers in [0, 1]",
             "recipe": f"{model.recipe.name} {model.recipe.size}",
-            "pooled": usual_pool(model.recipe),
+            "pooled": model.recognition.pool if tuned else usual_pool(model.recipe),
+            **({"task": model.recognition.task, "outputs": json.dumps(model.recognition.outputs)} if tuned else {}),
         }
     )
     write_atomically(path, lambda part: program.save(part))
@@ -280,7 +320,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def write_timm(path: Path, model: AnyModel, head_classes: int) -> dict[str, Any]:
+def write_timm(path: Path, model: AnyModel | Recognizer, head_classes: int) -> dict[str, Any]:
     """A .safetensors or .pth for timm, and a .json beside it, which is returned: architecture, arguments, mean and std."""
     state, config = to_timm(model, head_classes)
     tensors = _contiguous(state)

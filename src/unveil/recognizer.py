@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from unveil import draws
-from unveil.checkpoint import About, check_tensors, find_weights, read_header, read_recognition
+from unveil.checkpoint import About, check_tensors, find_weights, load_encoder, read_header, read_recognition
 from unveil.finetuning import FineTuning, Recognition
 from unveil.layers import norm_layer
-from unveil.model import Backbone
+from unveil.model import AnyModel, Backbone
 from unveil.recipe import Recipe
 from unveil.tokens import Grid
 
@@ -54,15 +54,18 @@ class Recognizer(Backbone):
         """(B, C, T, H, W) to logits, or to standardised numbers, (B, K)."""
         return self.head(self.pooled(clip))
 
-    @torch.inference_mode()
-    def predict(self, clip: Tensor) -> Tensor:
-        """(B, C, T, H, W) to probabilities of the classes, or of each label, or to numbers, (B, K)."""
-        output = self(clip).float()
+    def tell(self, output: Tensor) -> Tensor:
+        """Logits or standardised numbers as probabilities of the classes, or of each label, or as numbers, (B, K)."""
         if self.recognition.task == "single":
             return output.softmax(1)
         if self.recognition.task == "multi":
             return output.sigmoid()
         return output * self.scale + self.offset
+
+    @torch.inference_mode()
+    def predict(self, clip: Tensor) -> Tensor:
+        """(B, C, T, H, W) to probabilities of the classes, or of each label, or to numbers, (B, K)."""
+        return self.tell(self(clip).float())
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -208,3 +211,8 @@ def to_targets(recognition: Recognition, truth: Tensor) -> Tensor:
     if recognition.task == "multi":
         return truth.float()
     return (truth.float() - torch.tensor(recognition.offset)) / torch.tensor(recognition.scale)
+
+
+def load_any(path: str | Path, device: torch.device | str = "cpu") -> tuple[AnyModel | Recognizer, About]:
+    """The model of a file of any kind, for whoever asks for features of clips: pre-trained, encoder-only or fine-tuned."""
+    return load_encoder(path, device) if read_recognition(path) is None else load_recognizer(path, device)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from unveil.checkpoint import FromRun, find_weights, load_encoder, pick_device, replacing
+from unveil.checkpoint import FromRun, find_weights, pick_device, replacing
 from unveil.data import Batch, Samples, Skipped, Source, batches, source_for
 from unveil.features import Features, Kept, encoder_features, usual_pool
 from unveil.model import AnyModel
+from unveil.recognizer import Recognizer, load_any
 
 ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are written to a parquet file
 
@@ -124,7 +126,23 @@ def write_npz(file: Path, parts: Iterator[Part], about: str) -> None:
         np.savez(stream, allow_pickle=False, metadata=np.array(about), **arrays)
 
 
-def _about(options: Embed, model: AnyModel, source: Source) -> dict[str, Any]:
+def _tuned_features(model: Recognizer, options: Embed) -> Features:
+    """What the head of a fine-tuned network reads, which is its own pool of clean clips."""
+    told = model.recognition
+    if options.pool not in (None, told.pool) or options.time:
+        raise ValueError(
+            f"{options.run} is fine-tuned on clean pictures with the pool {told.pool!r}, so it has no other features. Leave "
+            "--pool and --time out."
+        )
+
+    @torch.inference_mode()
+    def features(clips: Tensor, indices: Tensor) -> Tensor:
+        return model.pooled(clips)
+
+    return features
+
+
+def _about(options: Embed, model: AnyModel | Recognizer, source: Source) -> dict[str, Any]:
     """What a file says of its features."""
     recipe, clip = model.recipe, model.recipe.clip
     return {
@@ -132,7 +150,7 @@ def _about(options: Embed, model: AnyModel, source: Source) -> dict[str, Any]:
         "recipe": recipe.name,
         "size": recipe.size,
         "data": options.data,
-        "pool": options.pool or usual_pool(recipe),
+        "pool": model.recognition.pool if isinstance(model, Recognizer) else options.pool or usual_pool(recipe),
         "time": options.time,
         "seed": options.seed,
         "channels": clip.channels,
@@ -158,9 +176,12 @@ def embed(options: Embed, on_progress: Callable[[int, int], None] | None = None)
     """
     _check_out(options.out)
     device = pick_device(options.device)
-    model, _ = load_encoder(options.run, device)
+    model, _ = load_any(options.run, device)
     source = source_for(options.data, model.recipe.clip)
-    function = encoder_features(model, options.pool, options.time, options.seed)
+    if isinstance(model, Recognizer):
+        function = _tuned_features(model, options)
+    else:
+        function = encoder_features(model, options.pool, options.time, options.seed)
     samples = Samples(source, model.recipe.clip, seed=0, training=None)
     loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
     about = _about(options, model, source)

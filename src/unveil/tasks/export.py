@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unveil.checkpoint import FromRun, load_encoder
+from unveil.checkpoint import FromRun
 from unveil.export import write_hf, write_onnx, write_timm
+from unveil.recognizer import Recognizer, load_any
 
 SUFFIXES = {"timm": (".safetensors", ".pth"), "hf": ("",), "onnx": (".onnx",)}
 
@@ -65,13 +66,25 @@ def export(options: Export) -> dict[str, Any]:
         ValueError: the encoder has no such form, a library is missing, or the file exists.
     """
     _check(options)
-    model, _ = load_encoder(options.run)
+    model, _ = load_any(options.run)
+    tuned = isinstance(model, Recognizer)
+    if tuned and options.head_classes is not None:
+        raise ValueError(
+            f"--head-classes {options.head_classes}: {options.run} is fine-tuned and brings its own head. Leave it out."
+        )
     clip, notices = model.recipe.clip, []
     if options.to == "timm":
         config = write_timm(options.out, model, 1000 if options.head_classes is None else options.head_classes)
         load = _timm_call(config, options.out)
-        if config["num_classes"]:
+        if tuned:
+            notices.append(f"Its head tells {', '.join(model.recognition.outputs[:10])}; the .json has all names.")
+        elif config["num_classes"]:
             notices.append(f"Its head of {config['num_classes']} classes is zeros: use forward_features.")
+    elif options.to == "hf" and isinstance(model, Recognizer):
+        raise ValueError(
+            "--to hf: Hugging Face's ViT for classification has another head. Use --to timm or --to onnx for a fine-tuned "
+            "network."
+        )
     elif options.to == "hf":
         config = write_hf(options.out, model)
         (name,) = config["architectures"]
