@@ -56,7 +56,7 @@ class Options:
     out: Path = Path("runs/recognition")
     arms: tuple[Arm, ...] = ARMS
     size: str = "Nano/4"
-    dit_epochs: float = 3.0
+    dit_epochs: float = 4.0
     """Epochs of DiT whose arithmetic each pre-training gets."""
     labels_per_class: int = 100
     finetune_epochs: int = 100
@@ -118,8 +118,8 @@ SIMCLR_VIEW = v2.Compose(
 
 def simclr(recipe: Recipe, clips: Tensor, epochs: int, folder: Path, seed: int) -> None:
     """SimCLR of the recipe's encoder, as an encoder-only file; loss and projection by lightly."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules.heads import SimCLRProjectionHead
+    from lightly.loss import NTXentLoss  # type: ignore[import-not-found]
+    from lightly.models.modules.heads import SimCLRProjectionHead  # type: ignore[import-not-found]
 
     torch.manual_seed(seed)
     encoder = EncoderOnly(recipe)
@@ -143,16 +143,16 @@ def simclr(recipe: Recipe, clips: Tensor, epochs: int, folder: Path, seed: int) 
 
 
 def unet_model() -> Any:
-    """A U-Net of about the ViT's parameters."""
+    """A small U-Net; convolutions at full size cost more for each parameter than a ViT does."""
     from diffusers import UNet2DModel  # type: ignore[attr-defined]
 
     return UNet2DModel(
         sample_size=32,
-        block_out_channels=(32, 48, 64),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 
