@@ -1,12 +1,12 @@
-"""What pre-training is worth on CIFAR-10 with 100 labels of each class: one network, seven beginnings, equal arithmetic.
+"""What pre-training is worth on CIFAR-10 with 100 labels of each class: ViTs of one size, seven beginnings, equal arithmetic.
 
     pip install ".[compare]"
     python examples/recognition_cifar10.py --train cifar10/train.parquet --test cifar10/test.parquet --out runs/recognition
 
-The same small ViT is pre-trained on all training pictures without labels as MAE (patch-normalised and raw pixels), DiffMAE,
+A small ViT is pre-trained on all training pictures without labels as MAE (patch-normalised and raw pixels), DiffMAE,
 DiT (denoising diffusion of whole pictures) and SimCLR (by lightly), each with the multiply-adds of --dit-epochs epochs of
 DiT; and not at all. Then it is fine-tuned on 100 labels of each class by `unveil finetune`, the same for all, and its frozen
-features are probed. Beside them the features of a diffusion U-Net (diffusers' UNet2DModel) of the same arithmetic. Stopped
+features are probed. DiT's blocks have adaLN, and half as many parameters more, as its paper has it. Beside them the features of a diffusion U-Net (diffusers' UNet2DModel) of the same arithmetic. Stopped
 or killed, the same command goes on; what is finished is skipped. Several may share a directory, with --arms of their own.
 """
 
@@ -64,8 +64,9 @@ class Options:
     compile: bool = True
 
 
-def seconds_of(make: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by the clock and of the processor."""
+def seconds_of(saved: Path, make: Callable[[], Any]) -> dict[str, float | None]:
+    """Seconds by the clock and of the processor; None if it goes on from what was saved earlier."""
+    resumed = saved.exists()
 
     def cpu() -> float:
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -73,7 +74,8 @@ def seconds_of(make: Callable[[], Any]) -> dict[str, float]:
 
     begin, before = time.perf_counter(), cpu()
     make()
-    return {"seconds": time.perf_counter() - begin, "cpu_seconds": cpu() - before}
+    spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": cpu() - before}
+    return dict.fromkeys(spent) if resumed else {**spent}
 
 
 def trained(
@@ -231,7 +233,9 @@ def pretrained(arm: str, seed: int, options: Options, results: Results) -> Path:
         if arm == "simclr":
             folder.mkdir(parents=True, exist_ok=True)
             clips = load_arrays(options.train, recipes.mae(options.size, height=32).clip).clips
-            return seconds_of(lambda: simclr(recipes.mae(options.size, height=32), clips, epochs, folder, seed))
+            return seconds_of(
+                folder / "simclr.pt", lambda: simclr(recipes.mae(options.size, height=32), clips, epochs, folder, seed)
+            )
         run = Pretrain(
             data=options.train, out=folder, recipe=arm, size=options.size, image_size="32", epochs=epochs,  # type: ignore[arg-type]
             crop_scale=0.4, flip=True, seed=seed, compile=options.compile,
@@ -316,7 +320,7 @@ def main(options: Options) -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     train, test = (load_arrays(data, clip) for data in (options.train, options.test))
                     made: list[Any] = []
-                    spent = seconds_of(lambda: made.append(unet(train.clips, epochs, folder, seed)))
+                    spent = seconds_of(folder / "unet.pt", lambda: made.append(unet(train.clips, epochs, folder, seed)))
                     x, z = (unet_features(made[0], arrays.clips) for arrays in (train, test))
                     scores = {
                         name: ridge_of(x, train.labels, z, test.labels, number)

@@ -18,8 +18,14 @@ from unveil.train import Progress
 
 
 def _paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as the commands have them; paths may be strings."""
-    return {name: Path(value) if name in ("run", "out", "init") and value else value for name, value in options.items()}
+    """Options as the commands have them; paths may be strings, and data may be paths."""
+
+    def one(name: str, value: Any) -> Any:
+        if name in ("run", "out", "init") and isinstance(value, str):
+            return Path(value)
+        return str(value) if isinstance(value, Path) and name in ("data", "test_data") else value
+
+    return {name: one(name, value) for name, value in options.items()}
 
 
 def pretrain(*, on_progress: Callable[[Progress], None] | None = None, **options: Any) -> dict[str, Any]:

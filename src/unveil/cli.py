@@ -145,7 +145,7 @@ def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
     if not result["resumed"]:
         yield (
             f"Started from {result['start']}: {result['loaded']} of {result['tensors']} tensors are its. Training on "
-            f"{result['train_samples']:,} samples, testing on {result['test_samples']:,} others."
+            f"{result['train_samples']:,} samples, testing on {result['test_samples']:,}."
         )
     yield from _tell_training(result)
     if not result["finished"]:
@@ -157,6 +157,11 @@ def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
         ),
         "regression": lambda n: f"R2 {n['r2']:.3f}, mean absolute error {n['mean_absolute_error']:.4g}",
     }[result["task"]]
+    if result["test_problems"]:
+        first = result["test_problems"][0]
+        yield f"Test files that could not be used: {len(result['test_problems'])}, as {first['where']}: {first['what']}."
+    if result["trained_on_too"]:
+        yield f"{result['trained_on_too']:,} of the test samples were trained on too: of new pictures these numbers say little."
     yield f"Test data, last epoch: {told(result['last'])}."
     if result.get("best"):
         yield f"Best epoch, chosen by these same data: {told(result['best'])} (step {result['best']['step']:.0f})."

@@ -158,6 +158,7 @@ class Samples(Dataset[Sample]):
             draws.key(self.seed, epoch, index, "augment"),
             num_ops=strong.randaugment_ops if strong else 0,
             magnitude=strong.randaugment_magnitude if strong else 0,
+            fill=self.clip.mean,
         )
         clip = _to_clip(values)
         if strong and strong.erase:

@@ -24,7 +24,8 @@ class FineTuning(Training):
     mixup, cutmix: parameter of the Beta distribution that blends two clips, or puts a part of one into another; 0 for
         never. With both, each batch gets one of them, by a coin.
     label_smoothing: share of the probability that is spread over all classes.
-    randaugment_ops, randaugment_magnitude: how many changes of colour and shape a clip gets, and how strong, 0 to 30.
+    randaugment_ops, randaugment_magnitude: how many changes of colour and shape a clip may get, each by a coin, and how
+        strong, 0 to 10.
     erase: probability that a random rectangle of the clip becomes noise.
     """
 
@@ -50,10 +51,10 @@ class FineTuning(Training):
         for name in ("mixup", "cutmix", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Fine-tuning has {name}={getattr(self, name)}; it must be a number, at least 0.")
-        if not (0 <= self.randaugment_ops <= 14 and 0 <= self.randaugment_magnitude <= 30):
+        if not (0 <= self.randaugment_ops <= 14 and 0 <= self.randaugment_magnitude <= 10):
             raise ValueError(
                 f"Fine-tuning has randaugment_ops={self.randaugment_ops} and "
-                f"randaugment_magnitude={self.randaugment_magnitude}; use 0 to 14 changes of a magnitude from 0 to 30."
+                f"randaugment_magnitude={self.randaugment_magnitude}; use 0 to 14 changes of a magnitude from 0 to 10."
             )
 
 
@@ -90,8 +91,9 @@ class Recognition:
             )
 
 
-# MAE's FINETUNE.md. Differs from MAE: torchvision's RandAugment has a fixed magnitude, where timm's varies with a deviation of
-# 0.5; because that is the kept library's.
+# MAE's FINETUNE.md. Differs from MAE in RandAugment, which is torchvision's because that is the kept library's: the magnitude
+# is fixed, where timm's varies with a deviation of 0.5; Invert and SolarizeAdd are missing; turned pictures are interpolated
+# linearly. And in evaluation: the whole picture, where MAE cuts out the centre 224 of 256 pixels.
 _MAE = FineTuning(
     epochs=100,
     batch_size=1024,

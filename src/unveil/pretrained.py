@@ -1,5 +1,6 @@
 """Models by name, from a folder, a file or the hub, and back to a folder or the hub with a card that writes itself."""
 
+import dataclasses
 import re
 import tempfile
 from pathlib import Path
@@ -154,6 +155,7 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Give another, or empty it.")
+    about = dataclasses.replace(about, parts=model.parts)
     card = model_card(model, about, name or str(folder), license)
     save_weights(folder / WEIGHTS, model.recipe, model.state_dict(), about)
     write_atomically(folder / CARD, lambda part: part.write_text(card, encoding="utf-8"))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from unveil import draws
 from unveil.checkpoint import About, save_weights
-from unveil.data import Batch, Samples, batches
+from unveil.data import Batch, Samples, Skipped, batches
 from unveil.finetuning import Recognition
 from unveil.optim import ADAM_BETA1, layer_decay_groups, lr_factor
 from unveil.recipe import Recipe
-from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blended, score
+from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blended, score, to_targets
 from unveil.report import contact_sheet
 from unveil.rundir import Run
 
@@ -29,11 +29,12 @@ class RecognitionJob:
         recognition: Recognition,
         run: Run,
         initial: dict[str, Tensor],
-        train_targets: Tensor,
+        train_truth: Tensor,
         test: Samples,
         truth: Tensor,
         eval_epochs: int,
     ) -> None:
+        """initial: tensors in place of drawn ones. train_truth, test, truth: as `score` wants truth."""
         self.recipe, self.recognition, self.run = recipe, recognition, run
         self.training = recognition.training
         with torch.random.fork_rng(devices=[]):
@@ -45,11 +46,11 @@ class RecognitionJob:
         training = self.training
         groups = layer_decay_groups(self.model, recipe.encoder.depth, training.weight_decay, training.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
-        self.train_targets, self.test, self.truth, self.eval_epochs = train_targets, test, truth, eval_epochs
+        self.train_truth, self.test, self.truth, self.eval_epochs = train_truth, test, truth, eval_epochs
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Targets]:
         assert batch.clips is not None
-        targets = self.train_targets[batch.indices]
+        targets = to_targets(self.recognition, self.train_truth[batch.indices])
         return blended(batch.clips, targets, self.training, self.run.seed, epoch, places[0])
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -66,11 +67,13 @@ class RecognitionJob:
     def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
         return contact_sheet([("pictures as they are trained on, before they are blended", list(clips.cpu()))])
 
-    def evaluate(self, model: nn.Module, epoch: int) -> dict[str, float] | None:
-        if epoch % self.eval_epochs and epoch != self.training.epochs:
-            return None
+    def evaluates(self, epoch: int) -> bool:
+        return epoch % self.eval_epochs == 0 or epoch == self.training.epochs
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, Recognizer)
-        return score(self.recognition, *told(model, self.test, self.truth, self.run))
+        outputs, wanted, _ = told(model, self.test, self.truth, self.run, self.training.batch_size)
+        return score(self.recognition, outputs, wanted)
 
 
 class _seeded(AbstractContextManager[None]):
@@ -91,17 +94,34 @@ class _seeded(AbstractContextManager[None]):
         self.fork.__exit__(*error)
 
 
-def told(model: Recognizer, samples: Samples, truth: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """What a network tells of every readable test sample, (n, K), and the truth of these."""
-    loader = batches(samples, 256, 0, 0, shuffle=False, drop_last=False, num_workers=0)
-    outputs, wanted = [], []
+def told(
+    model: Recognizer, samples: Samples, truth: Tensor, run: Run, batch_size: int
+) -> tuple[Tensor, Tensor, list[Skipped]]:
+    """What a network tells of every readable test sample, (n, K), the truth of these, and what was not readable.
+
+    Args:
+        batch_size: of training; no more clips than one of its pieces are held at once.
+
+    Raises:
+        ValueError: no sample can be read, or the network tells no numbers.
+    """
+    piece = min(256, -(-batch_size // run.accumulate))
+    workers = min(run.workers, len(samples))
+    loader = batches(samples, piece, 0, 0, shuffle=False, drop_last=False, num_workers=workers)
+    device = torch.device(run.device)
+    outputs, wanted, problems = [], [], []
     for batch in loader:
+        problems += batch.problems
         if batch.clips is None:
             continue
-        device = torch.device(run.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             outputs.append(model.predict(batch.clips.to(device)).float().cpu())
         wanted.append(truth[batch.indices])
     if not outputs:
         raise ValueError(f"No sample of the test data {samples.source.name!r} can be read.")
-    return torch.cat(outputs), torch.cat(wanted)
+    if not all(output.isfinite().all() for output in outputs):
+        raise ValueError(
+            f"What the network tells became infinite or no numbers. What {run.out} holds is from before that; start again in a "
+            "new directory with a smaller --blr."
+        )
+    return torch.cat(outputs), torch.cat(wanted), problems

@@ -21,7 +21,7 @@ def write_report(
     """Write the page: numbers of the last and the best epoch, curves, the confusion matrix (K, K), each class."""
     page = Page(
         "What the fine-tuned network tells",
-        f"{result['start']}, fine-tuned on {result['train_samples']:,} samples, tested on {result['test_samples']:,} others.",
+        f"{result['start']}, fine-tuned on {result['train_samples']:,} samples, tested on {result['test_samples']:,}.",
     )
     best, last = result.get("best", {}), result["last"]
     page.table(
@@ -31,6 +31,8 @@ def write_report(
             for name, value in last.items()
         ],
     )
+    if result["trained_on_too"]:
+        page.text(f"{result['trained_on_too']:,} of the test samples were trained on too.")
     page.text("The best epoch is chosen by these test data themselves, so its numbers flatter; quote the last.")
     records = _records(out)
     loss = [(r["step"], r["loss"]) for r in records if "loss" in r]

@@ -17,7 +17,7 @@ from unveil.model import AnyModel, Backbone
 from unveil.recipe import Recipe
 from unveil.tokens import Grid
 
-HEAD_STD = 2e-5  # of the new Linear's weights, truncated at twice that; MAE's
+HEAD_STD = 2e-5  # of the new Linear's weights; MAE's
 
 
 class Recognizer(Backbone):
@@ -38,7 +38,7 @@ class Recognizer(Backbone):
             raise ValueError(f"This {recipe.name} has no class token. Use --pool mean.")
         self.fc_norm = norm_layer(recipe.network.norm, recipe.encoder.embed_dim, recipe.network.norm_eps)
         self.head = nn.Linear(recipe.encoder.embed_dim, len(recognition.outputs))
-        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("offset", torch.tensor(recognition.offset), persistent=False)
         self.register_buffer("scale", torch.tensor(recognition.scale), persistent=False)
@@ -51,8 +51,10 @@ class Recognizer(Backbone):
         return self.fc_norm(encoded[:, :num_class_tokens]).mean(1)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, C, T, H, W) to logits, or to standardised numbers, (B, K)."""
-        return self.head(self.pooled(clip))
+        """(B, C, T, H, W) to logits, or to standardised numbers, (B, K), which bf16 would round too far."""
+        pooled = self.pooled(clip)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.float())
 
     def tell(self, output: Tensor) -> Tensor:
         """Logits or standardised numbers as probabilities of the classes, or of each label, or as numbers, (B, K)."""

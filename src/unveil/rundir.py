@@ -172,7 +172,7 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
         elif a != b:
             yield f"{where} was {a!r} and is now {b!r}"
 
-    for part in ("recipe", "data", "seed", "num_samples", "start", "classes"):
+    for part in ("recipe", "recognition", "test", "data", "seed", "num_samples", "start", "classes"):
         # through JSON, so that tuples compare as the lists they were written as
         for difference in differences(
             json.loads(json.dumps(before.get(part))), json.loads(json.dumps(config.get(part))), part

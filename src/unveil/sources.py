@@ -135,7 +135,7 @@ def _label(value: Any) -> str | None:
 
 def _by_number(label: str) -> tuple[int, float, str]:
     """Whole numbers first, in their order, then words."""
-    return (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
+    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)
 
 
 class Chosen:

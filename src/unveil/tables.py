@@ -42,7 +42,10 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a table ({error}). Write it as UTF-8 text with commas.") from None
     header = [name.strip() for name in header]
-    for number, row in enumerate(rows, start=2):
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has several columns {twice[0]!r}. Rename all but one.")
+    for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise ValueError(
                 f"{path} has {len(header)} columns, but row {number} has {len(row)} values. Put values with commas in quotes."

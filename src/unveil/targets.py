@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from unveil.finetuning import Task
-from unveil.sources import Chosen, Listed, Source
+from unveil.sources import Listed, Source
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,23 @@ def chosen_truth(truth: Truth, rows: Sequence[int]) -> Truth:
     offset, scale = (), ()
     if values.ndim == 2 and truth.scale:
         offset = tuple(values.mean(0).tolist())
-        scale = tuple((values.std(0, correction=0) + 1e-12).tolist())
-        scale = tuple(s if s > 1e-6 else 1.0 for s in scale)  # a number that never varies
+        largest = values.abs().amax(0)
+        spread = values.double().std(0, correction=0)
+        never = spread <= 1e-6 * largest  # but for rounding, a number that never varies
+        scale = tuple(torch.where(never, 1.0, spread).tolist())
     return Truth(values, truth.known[list(rows)], truth.outputs, offset, scale)
 
 
 def _columns(source: Source, task: Task, names: Sequence[str]) -> list[list[Any]]:
-    table = source.source if isinstance(source, Chosen) else source
-    if not isinstance(table, Listed):
+    if not isinstance(source, Listed):
         raise ValueError(
             f"{source.name} is no table, and --task {task} needs one: a .csv or .parquet with a column `path` and columns of "
             "labels or numbers."
         )
     for name in names:
-        if name not in table.columns:
-            raise ValueError(f"{source.name} has no column {name!r}, only {', '.join(table.columns)}.")
-    return [table.columns[name] for name in names]
+        if name not in source.columns:
+            raise ValueError(f"{source.name} has no column {name!r}, only {', '.join(source.columns)}.")
+    return [source.columns[name] for name in names]
 
 
 def _number(source: Source, name: str, row: int, value: Any) -> float:
@@ -60,8 +63,10 @@ def _number(source: Source, name: str, row: int, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.inf
-    if math.isinf(number):
-        raise ValueError(f"{source.name} has {value!r} in the column {name!r}, row {row + 1}, which is no number.")
+    if abs(number) > LARGEST:
+        raise ValueError(
+            f"{source.name} has {value!r} in the column {name!r}, row {row + 1}, which is no number of float32."
+        )
     return number
 
 
@@ -92,7 +97,16 @@ def _classes(source: Source, names: Sequence[str], known_as: tuple[str, ...] | N
 
 def _labels(source: Source, names: Sequence[str], known_as: tuple[str, ...] | None) -> Truth:
     columns = _columns(source, "multi", names)
-    indicators = {str(cell).strip() for cell in columns[0]} <= {"", "None", "0", "1", "0.0", "1.0", "True", "False"}
+    strange = [cell for column in columns for cell in column if not isinstance(cell, str | int | float | None)]
+    if strange:
+        raise ValueError(
+            f"{source.name} has {strange[0]!r} in {', '.join(names)}. Write labels as text with | between."
+        )
+    if known_as is None:  # the training data decide what a single column is
+        cells = {str(cell).strip() for cell in columns[0]}
+        indicators = cells <= {"", "None", "0", "1", "0.0", "1.0", "True", "False"}
+    else:
+        indicators = known_as == tuple(names)
     if len(names) == 1 and not indicators:  # labels with | between them; an empty cell is a sample without any
         sets = [{part.strip() for part in str(cell or "").split("|") if part.strip()} for cell in columns[0]]
         found = tuple(sorted(set().union(*sets)))

@@ -77,8 +77,12 @@ class Job(Protocol):
         """What the model sees in some clips, for people."""
         ...
 
-    def evaluate(self, model: nn.Module, epoch: int) -> dict[str, float] | None:
-        """After each epoch: numbers of the model in use, "score" among them, which is the better the higher; or None."""
+    def evaluates(self, epoch: int) -> bool:
+        """Whether `evaluate` is wanted after this many epochs."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Numbers of the model in use, "score" among them, which is the better the higher."""
         ...
 
 
@@ -145,8 +149,11 @@ class Pretraining:
         assert isinstance(model, MaskedDiffusionAutoencoder)
         return what_it_sees(model, clips)
 
-    def evaluate(self, model: nn.Module, epoch: int) -> None:
-        return None
+    def evaluates(self, epoch: int) -> bool:
+        return False
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        raise AssertionError("nothing is evaluated in pre-training")
 
 
 class Trainer:
@@ -204,11 +211,11 @@ class Trainer:
         """The learning rate of the current step."""
         return self.job.lr_at(self.step, self.num_steps, self.warmup_steps)
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self) -> dict[str, float]:
         """The job's numbers after an epoch, now; the weights of the best epoch so far are kept beside the last ones."""
-        numbers = self.job.evaluate(self.in_use.eval(), self.step // self.steps_per_epoch)
+        numbers = self.job.evaluate(self.in_use.eval())
         self.model.train()
-        if numbers is not None and (self.best is None or numbers["score"] > self.best["score"]):
+        if self.best is None or numbers["score"] > self.best["score"]:
             self.best = {**numbers, "step": self.step}
             self.job.save(self.run.out / BEST, self.in_use.state_dict(), self.about(average=True))
         return numbers
@@ -319,16 +326,22 @@ def train(
 
 
 def run_job(
-    make: Callable[[], Job], recipe: dict[str, Any], samples: Samples, run: Run, on_progress: Any = None
+    make: Callable[[], Job],
+    recipe: dict[str, Any],
+    samples: Samples,
+    run: Run,
+    on_progress: Any = None,
+    **compared: Any,
 ) -> dict[str, Any]:
     """Train a job, or go on with it: `train` for any job.
 
     Args:
         make: called once the directory is known to be free.
-        recipe: what the run is compared by, with its data, seed and start.
+        recipe, compared: what the run is compared by, with its data, seed and start.
     """
     config = {
         "recipe": recipe,
+        **compared,
         "data": run.data,
         "seed": run.seed,
         "num_samples": len(samples),
@@ -421,16 +434,20 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
             images += len(batch.clips)
             trainer.images_seen += len(batch.clips)
         trainer.step += 1
-        now = time.perf_counter()
+        if trainer.step % trainer.steps_per_epoch == 0 and job.evaluates(trainer.step // trainer.steps_per_epoch):
+            if losses:
+                record()  # first, because it refuses a loss that is no number
+                last_told = time.perf_counter()
+            begun = time.perf_counter()
+            numbers = trainer.evaluate()
+            metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
+            last_record += time.perf_counter() - begun  # which is not the training's time
+        now = time.perf_counter()  # an interruption may have come while it was evaluated
         last = trainer.step == trainer.num_steps
         saving = last or interrupted or now - last_save > 60 * run.save_minutes
         if losses and (saving or now - last_told > 1.0):
             record()  # before a save, because it refuses a loss that is no number
             last_told = now
-        if trainer.step % trainer.steps_per_epoch == 0 and trainer.images_seen:
-            numbers = trainer.evaluate()
-            if numbers is not None:
-                metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
         if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
             raise ValueError(
                 f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "

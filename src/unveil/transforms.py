@@ -17,8 +17,9 @@ def _random_crop(height: int, width: int, crop_scale: float) -> v2.RandomResized
 
 
 @functools.cache
-def _randaugment(num_ops: int, magnitude: int) -> v2.RandAugment:
-    return v2.RandAugment(num_ops, magnitude, interpolation=InterpolationMode.BILINEAR)
+def _randaugment(magnitude: int, fill: tuple[float, ...]) -> v2.RandAugment:
+    """One change; the magnitude counts to 10, as in timm's recipes, where torchvision counts to 30."""
+    return v2.RandAugment(1, 3 * magnitude, interpolation=InterpolationMode.BILINEAR, fill=list(fill))
 
 
 def _check(picture: Tensor) -> None:
@@ -70,6 +71,7 @@ def augment(
     *,
     num_ops: int = 0,
     magnitude: int = 9,
+    fill: tuple[float, ...] = (),
 ) -> Tensor:
     """Cut out a random part, resize it, mirror half of all pictures, and change colour and shape; the same for every frame.
 
@@ -78,7 +80,9 @@ def augment(
         crop_scale: smallest share of the area that the crop keeps, in (0, 1]; 1 is the crop of `fit`.
         flip: whether to mirror left and right with probability 1/2.
         seed_key: from `draws.key`; the same key gives the same result.
-        num_ops, magnitude: of RandAugment (Cubuk et al. 2020, arXiv 1909.13719); 0 operations for none.
+        num_ops, magnitude, fill: of RandAugment (Cubuk et al. 2020, arXiv 1909.13719): so many changes, each made or not by a
+            coin, as timm has it; how strong, 0 to 10; and what a turned picture shows in its corners, a value in [0, 1] for
+            each channel.
 
     Returns:
         (T, C, height, width) of the same dtype.
@@ -97,7 +101,11 @@ def augment(
         else:
             picture = fit(picture, height, width)
         picture = F.horizontal_flip(picture) if mirrored else picture
-        return _clipped(_randaugment(num_ops, magnitude)(picture)) if num_ops else picture
+        for _ in range(num_ops):
+            if torch.rand(()) < 0.5:
+                scale = 255 if picture.dtype == torch.uint8 else 1
+                picture = _clipped(_randaugment(magnitude, tuple(scale * value for value in fill))(picture))
+        return picture
 
 
 def erase(clip: Tensor, probability: float, mean: Tensor, std: Tensor, seed_key: int) -> Tensor:

@@ -86,6 +86,7 @@ def export(options: Export) -> dict[str, Any]:
             "network."
         )
     elif options.to == "hf":
+        assert not isinstance(model, Recognizer)
         config = write_hf(options.out, model)
         (name,) = config["architectures"]
         pooler = "" if name == "ViTMAEForPreTraining" else ", add_pooling_layer=False"

@@ -11,11 +11,12 @@ import torch
 
 from unveil import draws, finetuning
 from unveil.checkpoint import BEST, WEIGHTS, FromRun, load_encoder, write_atomically
-from unveil.data import Samples, Source, source_for
+from unveil.config import check_choice
+from unveil.data import Samples, Source, decoded_bytes, source_for
 from unveil.features import usual_pool
 from unveil.finetuning import FineTuning, Recognition, Task
 from unveil.metrics import confusion
-from unveil.planning import TrainingOptions, parse_image_size, planned, prepare
+from unveil.planning import CACHE_LIMIT, TrainingOptions, parse_image_size, planned, prepare
 from unveil.recipe import Recipe, to_dict
 from unveil.recognition_job import RecognitionJob, told
 from unveil.recognition_report import write_report
@@ -24,12 +25,12 @@ from unveil.recognizer import (
     from_pretrained,
     load_recognizer,
     score,
-    to_targets,
 )
-from unveil.sources import Chosen
+from unveil.sources import Chosen, Folder
 from unveil.targets import Truth, chosen_truth, truth_of
 from unveil.train import Progress, run_job
 
+Preset = Literal["small", "B", "L", "H"]
 EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
@@ -43,8 +44,28 @@ class Finetune(TrainingOptions, FromRun):
     Example: unveil finetune --run runs/photos --data labelled/ --test-data held-out/ --out runs/photos-classes
     """
 
+    data: str
+    """Labelled pictures: a folder for each class, a parquet file with columns image and label, `digits:train`, or a table: a
+    .csv or .parquet with a column `path`, and `label` or what --label-columns names."""
+    epochs: int | None = None
+    """Passes over the data. Default: the preset's, 50; MAE's 100 for B."""
+    batch_size: int | None = None
+    """Clips in one step. Default: the preset's, 64 for small and 1,024 for the others."""
+    blr: float | None = None
+    """Base learning rate; the learning rate is blr * batch size / 256. Default: the preset's, 4e-3 for small."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. Default: the preset's, 3 for small and 5 for the others."""
+    crop_scale: float | None = None
+    """Smallest share of a picture's area that a random crop keeps; 1 for no cropping. Default: the preset's, 0.4 for small
+    and 0.08 for the others; 1 if it was pre-trained without cropping, as on digits."""
+    flip: bool | None = None
+    """Mirror half of the pictures. Default: as it was pre-trained."""
+    ema_decays: tuple[float, ...] | None = None
+    """Decay of a running average of the weights, which is then what is tested and saved as model.safetensors, with the
+    weights as trained beside it as last.safetensors. One at most. Default: none."""
     test_data: str | None = None
-    """Labelled test data, with no class that --data lacks. Default: a random fifth of --data is held out."""
+    """Labelled test data, with no class that --data lacks. Default: a random fifth of --data is held out, of each
+    class if there are classes."""
     task: Task = "single"
     """single: one of several classes. multi: any number of labels. regression: numbers. The last two need a table, a .csv or
     .parquet with a column `path`."""
@@ -57,7 +78,7 @@ class Finetune(TrainingOptions, FromRun):
     """Draw the weights at random instead: the same network and training without pre-training, to compare with."""
     image_size: str | None = None
     """Height and width in pixels, one number or 64x48. Default: the pre-trained model's. Positions are resampled."""
-    preset: Literal["small", "B", "L", "H"] | None = None
+    preset: Preset | None = None
     """Numbers of the training: small, ours for thousands of pictures; B, L, H, MAE's for ImageNet. Default: small below 20,000
     pictures and for Nano and Micro, else by the encoder's size."""
     pool: Literal["mean", "class"] | None = None
@@ -75,15 +96,22 @@ class Finetune(TrainingOptions, FromRun):
     label_smoothing: float | None = None
     """Share of the probability that is spread over all classes."""
     randaugment_ops: int | None = None
-    """Random changes of colour and shape that each picture gets."""
+    """Random changes of colour and shape, each made or not by a coin."""
     randaugment_magnitude: int | None = None
-    """How strong these are, 0 to 30."""
+    """How strong these are, 0 to 10."""
     erase: float | None = None
     """Probability that a rectangle of a picture becomes noise."""
     weight_decay: float | None = None
     """Of AdamW."""
     eval_epochs: int | None = None
     """Epochs between evaluations on the test data. Default: a 25th of all."""
+
+    def __post_init__(self) -> None:
+        check_choice("--task", "task", self.task, Task)
+        if self.preset is not None:
+            check_choice("--preset", "preset", self.preset, Preset)
+        if isinstance(self.label_columns, str):
+            raise ValueError(f"label_columns={self.label_columns!r} is one string; give a tuple of names.")
 
 
 OWN = (
@@ -148,8 +176,7 @@ def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Tru
     truth = truth_of(source, options.task, options.label_columns)
     known = [i for i in range(len(source)) if truth.known[i]]
     if options.test_data is None:
-        order = torch.randperm(len(known), generator=draws.generator(options.seed, "held out")).tolist()
-        held = {known[i] for i in order[: len(known) // 5]}
+        held = _held_out(known, truth, options)
         if not held:
             raise ValueError(
                 f"{options.data} has {len(known)} labelled samples, too few to hold some out. Give --test-data."
@@ -174,6 +201,30 @@ def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Tru
                 + ". Add some, or remove the class."
             )
     return Chosen(source, rows), chosen_truth(truth, rows), Chosen(test, test_rows), chosen_truth(test_truth, test_rows)
+
+
+def _held_out(known: list[int], truth: Truth, options: Finetune) -> set[int]:
+    """A random fifth of the labelled samples, of each class if there are classes; one of a class stays for training."""
+    order = torch.randperm(len(known), generator=draws.generator(options.seed, "held out")).tolist()
+    shuffled = [known[i] for i in order]
+    if options.task != "single":
+        return set(shuffled[: len(known) // 5])
+    members: dict[int, list[int]] = {}
+    for i in shuffled:
+        members.setdefault(int(truth.values[i]), []).append(i)
+    return {i for mine in members.values() for i in mine[: min(round(len(mine) / 5), len(mine) - 1)]}
+
+
+def trained_on_too(source: Source, test: Source) -> int:
+    """How many of the test samples are also trained on, as far as files and rows tell."""
+
+    def names(samples: Source) -> list[str]:
+        whole = samples.source if isinstance(samples, Chosen) else samples
+        root = str(whole.root.resolve()) if isinstance(whole, Folder) else whole.name
+        return [f"{root}/{samples.where(i)}" for i in range(len(samples))]
+
+    there = set(names(source))
+    return sum(name in there for name in names(test))
 
 
 def _some_of_each(rows: list[int], truth: Truth, options: Finetune) -> list[int]:
@@ -215,6 +266,10 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     if options.eval_epochs is not None and options.eval_epochs < 1:
         raise ValueError(f"--eval-epochs {options.eval_epochs}: evaluate after every epoch (1), or after several.")
     source, truth, test, test_truth = split(options, recipe)
+    if options.task == "regression" and len(test) < 2:
+        raise ValueError(
+            f"{len(test)} test sample has no spread to be explained, which R2 measures. Give more --test-data."
+        )
     training = training_of(options, recipe, len(source))
     if options.batch_size is None:
         training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
@@ -227,11 +282,14 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         training=training,
     )
     start = "from scratch" if options.from_scratch else str(options.run)
-    planned_recipe = dataclasses.replace(recipe, training=training)
-    _, samples, run = prepare(planned_recipe, source, options, truth.outputs, start=start)
-    samples.training = training
-    fits = samples.cache
-    test_samples = Samples(test, recipe.clip, run.seed, None, cache=fits)
+    _, samples, run = prepare(
+        dataclasses.replace(recipe, training=training), source, options, truth.outputs, start=start
+    )
+    both = decoded_bytes(source) + decoded_bytes(test)
+    test_samples = Samples(test, recipe.clip, run.seed, None, cache=samples.cache and both < CACHE_LIMIT)
+    if all(test_samples[0, i].clip is None for i in range(min(16, len(test)))):
+        problem = test_samples[0, 0].problem
+        raise ValueError(f"The first samples of the test data cannot be read: {problem}. Are these the right files?")
     initial = {} if options.from_scratch else from_pretrained(model, recipe, recognition)
     eval_epochs = options.eval_epochs or max(1, training.epochs // 25)
     with torch.device("meta"):
@@ -239,12 +297,13 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
 
     def make() -> RecognitionJob:
         return RecognitionJob(
-            recipe, recognition, run, initial, to_targets(recognition, truth.values), test_samples, test_truth.values,
-            eval_epochs,
-        )  # fmt: skip
+            recipe, recognition, run, initial, truth.values, test_samples, test_truth.values, eval_epochs
+        )
 
-    described = {**to_dict(recipe), "recognition": to_dict(recognition), "test": options.test_data or "a fifth"}
-    outcome = run_job(make, described, samples, run, on_progress)
+    outcome = run_job(
+        make, to_dict(recipe), samples, run, on_progress, recognition=to_dict(recognition),
+        test=options.test_data or "a fifth",
+    )  # fmt: skip
     result = {
         **outcome,
         "start": "random weights" if options.from_scratch else f"{model.recipe.name} {model.recipe.size}",
@@ -254,12 +313,15 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         "outputs": list(recognition.outputs),
         "train_samples": len(source),
         "test_samples": len(test),
+        "trained_on_too": trained_on_too(source, test),
     }
     if not outcome["finished"]:
         return result
     network, _ = load_recognizer(run.out / WEIGHTS, run.device)
-    outputs, wanted = told(network, test_samples, test_truth.values, run)
+    outputs, wanted, problems = told(network, test_samples, test_truth.values, run, training.batch_size)
     result["last"] = score(recognition, outputs, wanted)
+    result["test_samples"] = len(wanted)
+    result["test_problems"] = [{"where": problem.where, "what": problem.reason} for problem in problems]
     matrix = None
     if recognition.task == "single":
         matrix = confusion(outputs.argmax(1), wanted, len(recognition.outputs))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unveil.checkpoint import FromRun, pick_device, write_atomically
+from unveil.checkpoint import FromRun, pick_device, replacing
 from unveil.data import Samples, batches, source_for
 from unveil.recognizer import load_recognizer
 
@@ -53,32 +53,30 @@ def predict(options: Predict, on_progress: Callable[[int, int], None] | None = N
     samples = Samples(source, model.recipe.clip, 0, None)
     loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
     single = recognition.task == "single"
-    header = ["path", *(["told", "probability"] if single else []), *recognition.outputs]
+    fixed = ["path", *(["told", "probability"] if single else [])]
+    header = [*fixed, *(f"{name} (output)" if name in fixed else name for name in recognition.outputs)]
     rows: list[list[str]] = []
     counts = dict.fromkeys(recognition.outputs, 0) if single else None
     skipped = [(bad.where, bad.reason) for bad in source.skipped]
-    for batch in loader:
-        skipped += [(bad.where, bad.reason) for bad in batch.problems]
-        if batch.clips is not None:
-            outputs: Tensor = model.predict(batch.clips.to(device)).cpu()
-            for index, output in zip(batch.indices.tolist(), outputs, strict=True):
-                row = [source.where(index)]
-                if counts is not None:
-                    best = int(output.argmax())
-                    counts[recognition.outputs[best]] += 1
-                    row += [recognition.outputs[best], f"{output[best].item():.4f}"]
-                rows.append(row + [f"{value:.6g}" for value in output.tolist()])
-        if on_progress is not None:
-            on_progress(len(rows), len(samples))
-    if not rows:
-        where, reason = skipped[0] if skipped else (options.data, "no samples")
-        raise ValueError(f"No sample of {options.data} can be read; the first problem: {where}: {reason}.")
-
-    def write(part: Path) -> None:
+    with replacing(options.out) as part:  # made first, so that a name that cannot be written is found before the work
+        for batch in loader:
+            skipped += [(bad.where, bad.reason) for bad in batch.problems]
+            if batch.clips is not None:
+                outputs: Tensor = model.predict(batch.clips.to(device)).cpu()
+                for index, output in zip(batch.indices.tolist(), outputs, strict=True):
+                    row = [source.where(index)]
+                    if counts is not None:
+                        best = int(output.argmax())
+                        counts[recognition.outputs[best]] += 1
+                        row += [recognition.outputs[best], f"{output[best].item():.4f}"]
+                    rows.append(row + [f"{value:.6g}" for value in output.tolist()])
+            if on_progress is not None:
+                on_progress(len(rows), len(samples))
+        if not rows:
+            where, reason = skipped[0] if skipped else (options.data, "no samples")
+            raise ValueError(f"No sample of {options.data} can be read; the first problem: {where}: {reason}.")
         with part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows])
-
-    write_atomically(options.out, write)
     return {
         "out": str(options.out),
         "task": recognition.task,
