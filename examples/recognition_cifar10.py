@@ -3,11 +3,12 @@
     pip install ".[compare]"
     python examples/recognition_cifar10.py --train cifar10/train.parquet --test cifar10/test.parquet --out runs/recognition
 
-A small ViT is pre-trained on all training pictures without labels as MAE (patch-normalised and raw pixels), DiffMAE,
-DiT (denoising diffusion of whole pictures) and SimCLR (by lightly), each with the multiply-adds of --dit-epochs epochs of
-DiT; and not at all. Then it is fine-tuned on 100 labels of each class by `unveil finetune`, the same for all, and its frozen
-features are probed. DiT's blocks have adaLN, and half as many parameters more, as its paper has it. Beside them the features of a diffusion U-Net (diffusers' UNet2DModel) of the same arithmetic. Stopped
-or killed, the same command goes on; what is finished is skipped. Several may share a directory, with --arms of their own.
+A small ViT is pre-trained on all training pictures without labels as MAE (patch-normalised and raw pixels), DiffMAE, DiT
+(denoising diffusion of whole pictures) and SimCLR (by lightly), each with the multiply-adds of --dit-epochs epochs of DiT;
+and not at all. DiT's blocks have adaLN, and half as many parameters more, as in its paper. Then it is fine-tuned on 100
+labels of each class by `unveil finetune`, the same for all, and its frozen features are probed. Beside them the features of
+a diffusion U-Net (diffusers' UNet2DModel) of the same arithmetic. Stopped or killed, the same command goes on; what is
+finished is skipped. Several may share a directory, with --arms of their own.
 """
 
 import dataclasses
