@@ -352,7 +352,8 @@ def field_docs(options: type) -> dict[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 name = node.target.id
             elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                docs[name], name = str(node.value.value), None
+                docs.setdefault(name, str(node.value.value))  # its own words before those of all trainings
+                name = None
     return docs
 
 
@@ -417,8 +418,8 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
 
     if not README.exists():
         pytest.skip("there is no README.md")
-    photos(tmp_path / "photos")
-    photos(tmp_path / "others")
+    for folder in ("photos", "others", "labelled", "held-out", "new"):
+        photos(tmp_path / folder)
     for path in (tmp_path / "photos").rglob("*.png"):  # a label map for each: dark and bright
         with Image.open(path) as image:
             values = (np.array(image.convert("L")) > 120).astype(np.uint8)

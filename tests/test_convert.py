@@ -716,8 +716,8 @@ def test_a_result_must_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the model ever have a tensor that the conversion does not know of."""
     build = MaskedDiffusionAutoencoder.__init__
 
-    def with_more(self: MaskedDiffusionAutoencoder, recipe: Any, parts: tuple[str, ...] = ()) -> None:
-        build(self, recipe, parts)
+    def with_more(self: MaskedDiffusionAutoencoder, recipe: Any) -> None:
+        build(self, recipe)
         self.register_buffer("news", torch.zeros(1))
 
     monkeypatch.setattr(MaskedDiffusionAutoencoder, "__init__", with_more)
