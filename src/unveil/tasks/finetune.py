@@ -102,7 +102,7 @@ class Finetune(TrainingOptions, FromRun):
     erase: float | None = None
     """Probability that a rectangle of a picture becomes noise."""
     weight_decay: float | None = None
-    """Of AdamW."""
+    """Of AdamW, on matrices; biases, norms, class tokens and positions have none. Default: the preset's, 0.05."""
     eval_epochs: int | None = None
     """Epochs between evaluations on the test data. Default: a 25th of all."""
 
