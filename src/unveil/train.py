@@ -434,7 +434,8 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
             images += len(batch.clips)
             trainer.images_seen += len(batch.clips)
         trainer.step += 1
-        if trainer.step % trainer.steps_per_epoch == 0 and job.evaluates(trainer.step // trainer.steps_per_epoch):
+        epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
+        if rest == 0 and trainer.images_seen and job.evaluates(epoch):
             if losses:
                 record()  # first, because it refuses a loss that is no number
                 last_told = time.perf_counter()
