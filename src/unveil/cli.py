@@ -361,7 +361,8 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _tell_export(result: dict[str, Any]) -> Iterator[str]:
-    yield f"Wrote {result['out']}: the encoder of {result['recipe']}. It is loaded by"
+    head = "" if result["head"] is None else " with its head"
+    yield f"Wrote {result['out']}: the encoder of {result['recipe']}{head}. It is loaded by"
     yield f"  {result['load']}"
     yield from result["notices"]
 

@@ -29,6 +29,7 @@ def write_report(
         [
             (name.replace("_", " "), f"{value:.3f}", f"{best.get(name, float('nan')):.3f}")
             for name, value in last.items()
+            if name != "score"
         ],
     )
     if result["trained_on_too"]:

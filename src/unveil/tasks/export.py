@@ -105,6 +105,7 @@ def export(options: Export) -> dict[str, Any]:
         "out": str(options.out),
         "to": options.to,
         "recipe": f"{model.recipe.name} {model.recipe.size}",
+        "head": list(model.recognition.outputs) if isinstance(model, Recognizer) else None,
         "load": load,
         "mean": list(clip.mean),
         "std": list(clip.std),
