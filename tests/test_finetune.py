@@ -844,6 +844,7 @@ def test_the_commands_tell(tmp_path: Path, run: Path, unveil: Any) -> None:
     assert "Training on 290 samples, testing on 70." in out
     assert re.search(r"^Test data, last epoch: [\d.]+ % right, [\d.]+ % as the mean over classes\.$", out, re.M)
     assert "report.html" in out
+    assert "1 steps are few to learn by. Give more --epochs, or a smaller --batch-size.\n" in out
     code, out, _ = unveil(f"info --run {tmp_path}/out")
     assert re.search(r"^tells +one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, from the mean of the patches$", out, re.M)
     assert re.search(r"^can +recognise$", out, re.M)

@@ -68,6 +68,7 @@ Pre-train on unlabelled pictures, probe the model's features, fine-tune it on la
 
 
 FEW_STEPS = 1000  # digits are legible after some 1,300
+FEW_STEPS_TO_TELL = 200  # the head starts at next to nothing, and digits are half right after some 200
 LISTED = 20  # files that could not be used
 
 
@@ -157,6 +158,8 @@ def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
         ),
         "regression": lambda n: f"R2 {n['r2']:.3f}, mean absolute error {n['mean_absolute_error']:.4g}",
     }[result["task"]]
+    if result["num_steps"] < FEW_STEPS_TO_TELL:
+        yield f"{result['num_steps']} steps are few to learn by. Give more --epochs, or a smaller --batch-size."
     if result["test_problems"]:
         first = result["test_problems"][0]
         yield f"Test files that could not be used: {len(result['test_problems'])}, as {first['where']}: {first['what']}."
@@ -324,7 +327,7 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
         "pre-trained on" if recognition else "trains on": "; ".join(
             _tell_branch(branch) for branch in recipe["branches"]
         ),
-        "parts": "the encoder only, for probe, embed and `unveil pretrain --init`",
+        "parts": "the encoder only, for probe, embed, finetune and `unveil pretrain --init`",
         "can": ", ".join(result["can"]),
         "clip": f"{clip['channels']} channels, {clip['frames']} frame(s) of {clip['height']} x {clip['width']} "
         f"{'pixels' if clip['bounded'] else 'latents'}, "

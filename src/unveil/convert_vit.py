@@ -268,7 +268,7 @@ def from_vit(
                 source.leave(name, "fixed positions, which equal ours")
     if not whole:
         notices.append(
-            f"It has no decoder, so {NAMES[kind]}'s encoder alone was written: for probe, embed and pretrain --init."
+            f"It has no decoder, so {NAMES[kind]}'s encoder alone was written: for probe, embed, finetune and pretrain --init."
         )
     return *source.finish(recipe, () if whole else ("encoder",)), notices
 
