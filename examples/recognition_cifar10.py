@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 from umd_cifar10 import Results, timed
 
 from unveil import draws, recipes
@@ -109,31 +109,24 @@ def trained(
         print(f"    epoch {epoch + 1} of {epochs}, loss {loss.item():.4f}", flush=True)
 
 
-SIMCLR_VIEW = v2.Compose(
-    [
-        v2.RandomResizedCrop(32, scale=(0.2, 1.0), antialias=True),
-        v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(0.2),
-    ]
-)
-
-
 def simclr(recipe: Recipe, clips: Tensor, epochs: int, folder: Path, seed: int) -> None:
-    """SimCLR of the recipe's encoder, as an encoder-only file; loss and projection by lightly."""
+    """SimCLR of the recipe's encoder, as an encoder-only file; views, loss and projection by lightly."""
     from lightly.loss import NTXentLoss  # type: ignore[import-not-found]
     from lightly.models.modules.heads import SimCLRProjectionHead  # type: ignore[import-not-found]
+    from lightly.transforms.simclr_transform import SimCLRTransform  # type: ignore[import-not-found]
 
     torch.manual_seed(seed)
     encoder = EncoderOnly(recipe)
     width = recipe.encoder.embed_dim
     model = nn.ModuleDict({"encoder": encoder, "head": SimCLRProjectionHead(width, width, 64)})
     compare = NTXentLoss(temperature=TEMPERATURE)
+    # the paper's on CIFAR-10: half the colour jitter of ImageNet's and no blur; crops as MAE's, not down to 0.08 of 32 px
+    views = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, min_scale=0.2, normalize=None)
 
     def loss_of(pictures: Tensor, epoch: int, step: int) -> Tensor:
         torch.manual_seed(draws.key(seed, epoch, step, "views"))
-        views = [torch.stack([SIMCLR_VIEW(picture) for picture in pictures]).float() / 255 for _ in range(2)]
-        tokens = encoder.encode(torch.cat(views)[:, :, None])
+        first, second = zip(*(views(to_pil_image(picture)) for picture in pictures), strict=True)
+        tokens = encoder.encode(torch.stack(first + second)[:, :, None])
         projected = model["head"](tokens[:, recipe.encoder.num_class_tokens :].mean(1))
         return compare(*projected.chunk(2))
 

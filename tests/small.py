@@ -35,6 +35,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffmae rectangle": ("diffmae", {"height": 128, "width": 256}),
     "diffmae digits": ("diffmae", {"size": "Nano/4", "channels": 1, "height": 28}),
     "mae cross_self": ("mae_raw", {"decoder": "cross_self"}),
+    "mae_video": ("mae_video", {}),
+    "mae_video images": ("mae_video", {"frames": 1, "tubelet_size": 1}),
     "mae video": ("mae", {"frames": 16, "tubelet_size": 2, "mask_ratio": 0.9}),
     "dit": ("dit", {}),
     "dit latent": ("dit", {"size": "XL/2", "channels": 4, "height": 32, "latents": True, "num_classes": 1000}),

@@ -59,6 +59,7 @@ FLOORS = {
     "classifier": 6,
     "convert": 6,
     "convert_vit": 6,
+    "convert_video": 7,
     "reference": 6,
     "features": 6,
     "pipeline": 6,
@@ -254,7 +255,7 @@ def test_every_recipe_builds_and_round_trips(variant: str) -> None:
 def test_every_size_builds(name: str, size: str) -> None:
     with torch.device("meta"):
         model = MaskedDiffusionAutoencoder(recipes.RECIPES[name](size, height=224))
-    assert model.encoder.positions.pos_embed.shape[0] == (224 // int(size.split("/")[1])) ** 2
+    assert model.encoder.positions.table().shape[0] == model.recipe.clip.grid[0] * (224 // int(size.split("/")[1])) ** 2
     assert len(model.encoder.blocks) == sizes.ENCODERS[size.split("/")[0]].depth
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shlex
 import signal
@@ -480,7 +481,7 @@ NEW = "{tmp}/new"
         (f"pretrain --data digits --out {NEW} --mask-ratio 1.5", ["mask_ratio=1.5", "between 0 and 1"]),
         (
             f"pretrain --data digits --out {NEW} --recipe umd --mask-ratio 0.5",
-            ["--mask-ratio 0.5 belongs to diffmae and mae and mae_raw; umd has it fixed", "Drop it"],
+            ["--mask-ratio 0.5 belongs to diffmae and mae and mae_raw and mae_video; umd has it fixed", "Drop it"],
         ),
         (f"pretrain --data digits --out {NEW} --recipe dit --mask-ratio 0", ["--mask-ratio 0.0 belongs to"]),
         (f"pretrain --data digits --out {NEW} --recipe umd_flow --masking tube", ["--masking tube belongs to"]),
@@ -685,7 +686,7 @@ def test_pretrain_keeps_the_averages_that_it_is_told(tmp_path: Path, unveil: Unv
 
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Pretrain)["recipe"]))
 def test_every_recipe_has_a_size_for_photos_and_one_for_digits(name: str) -> None:
-    generates = name not in ("diffmae", "mae", "mae_raw")
+    generates = name not in ("diffmae", "mae", "mae_raw", "mae_video")
     recipe = recipe_of(Pretrain(data="photos/", out=Path("x"), recipe=name))  # type: ignore[arg-type]
     assert recipe == recipes.RECIPES[name]("B/4", height=64) if generates else recipes.RECIPES[name]("B/16", height=224)
     digits = recipe_of(Pretrain(data="digits:train", out=Path("x"), recipe=name))  # type: ignore[arg-type]
@@ -750,3 +751,14 @@ def test_commands_leave_the_global_generator_alone(tmp_path: Path, digits: Path,
     unveil("evaluate --data digits:test --limit 2 --num-steps 2 --num-samples 2 --run", digits)
     unveil("inpaint --images digits:test --limit 1 --num-steps 2 --run", digits, "--out", tmp_path / "out")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    """As `unveil info --run FILE | head -1`: nothing is said of a broken pipe."""
+    run = save(tmp_path / "mae", "mae", size="Nano/2", channels=1, height=8)
+    command = [sys.executable, "-m", "unveil.cli", "info", "--run", str(run)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

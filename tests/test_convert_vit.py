@@ -440,7 +440,11 @@ def test_a_decoder_refuses_kind_vit() -> None:
 @pytest.mark.parametrize(
     "config, preprocessor, message",
     [
-        ({"model_type": "dinov2"}, {}, "model_type='dinov2', but of Hugging Face's models only vit and vit_mae"),
+        (
+            {"model_type": "dinov2"},
+            {},
+            "model_type='dinov2', but of Hugging Face's models only videomae, vit and vit_mae",
+        ),
         ({"model_type": "vit", "hidden_act": "quick_gelu"}, {}, "hidden_act='quick_gelu', which no model here has"),
         ({"model_type": "vit", "num_attention_heads": "4"}, {}, "num_attention_heads='4', which is no number"),
         ({"model_type": "vit"}, {"image_mean": 0.5}, "mean=0.5 and std=None, which are no lists of numbers"),
@@ -529,4 +533,4 @@ def test_options_of_a_vit_refuse_others(tmp_path: Path, option: str) -> None:
     file = tmp_path / "dit.safetensors"
     safetensors.torch.save_file({"x_embedder.proj.weight": torch.zeros(4, 4, 2, 2)}, file)
     value = {"decoder_heads": 2, "patch_norm": True, "check": True}.get(option, (0.5,))
-    refused(tmp_path, f"--{option.replace('_', '-')} is for a MAE or a ViT", source=file, **{option: value})
+    refused(tmp_path, f"--{option.replace('_', '-')} has no part in converting DiT", source=file, **{option: value})

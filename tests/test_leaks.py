@@ -661,6 +661,7 @@ def test_repaint_equals_training_time_prediction() -> None:
 
 INITIALISED = [
     "mae",
+    "mae_video",
     "diffmae",
     "diffmae joint",
     "diffmae nothing hidden",
@@ -677,7 +678,7 @@ INITIALISED = [
 @pytest.mark.parametrize("variant", INITIALISED)
 def test_initialisation_after_all_of_it_ran(variant: str) -> None:
     """Xavier Linears, zero biases, norms at identity; time and class, class and mask tokens N(0, 0.02); modulations zero;
-    predictions as the network says; learned positions N(0, 1 / N)."""
+    predictions as the network says; learned positions N(0, 1 / N), separable ones N(0, 0.02)."""
     name, arguments = VARIANTS[variant]
     few_classes = {**arguments, "size": "S/16", "height": 224}
     if "generator" in arguments:
@@ -686,7 +687,9 @@ def test_initialisation_after_all_of_it_ran(variant: str) -> None:
     model = MaskedDiffusionAutoencoder(make(name, few_classes))
     recipe = model.recipe
     told = {f"{n}.{m}" for n, x in model.named_modules() if isinstance(x, Trunk) for m in ("fc1", "fc2")}
-    assert len(told) == (0 if variant == "mae" else 4 if recipe.condition.num_classes and "dit" not in variant else 2)
+    assert len(told) == (
+        0 if variant in ("mae", "mae_video") else 4 if recipe.condition.num_classes and "dit" not in variant else 2
+    )
     modulated = 0
     checked = set()
     for path, module in model.named_modules():
@@ -731,6 +734,12 @@ def test_initialisation_after_all_of_it_ran(variant: str) -> None:
         expected.add("decoder.mask_token")
     if recipe.network.positions == "learned":
         expected |= {"encoder.positions.pos_embed", "decoder.positions.pos_embed"}
+    if recipe.network.positions == "separable":
+        expected |= {
+            f"{part}.positions.{rows}" for part in ("encoder", "decoder") for rows in ("pos_space", "pos_time")
+        }
+    if recipe.decoder is not None and recipe.decoder.summary == "own":
+        expected.add("decoder.cls_token")
     if recipe.condition.num_classes:
         expected.add("condition.label_embed.weight")
         if recipe.condition.label_tokens:

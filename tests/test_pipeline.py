@@ -24,7 +24,7 @@ def some() -> Tensor:
 
 
 CAN = {
-    "represent": {"mae", "mae video"},
+    "represent": {"mae", "mae video", "mae_video", "mae_video images"},
     "represent repaint": {
         "mae_raw",
         "mae cross_self",

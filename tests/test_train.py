@@ -62,6 +62,7 @@ OVERFIT: dict[str, tuple[str, dict[str, Any], float]] = {
     "mae_raw": ("mae_raw", DIGITS, 0.16),
     "diffmae clips": ("diffmae", CLIPS, 0.08),
     "diffmae tubes": ("diffmae", {**CLIPS, "masking": "tube"}, 0.09),
+    "mae_video": ("mae_video", {**DIGITS, "frames": 1, "tubelet_size": 1, "mask_ratio": 0.75}, 0.3),
     "dit": ("dit", DIGITS, 0.001),
     "dit generator": ("dit", {**DIGITS, "generator": 10}, 0.001),
     "maskdit": ("maskdit", DIGITS, 0.006),

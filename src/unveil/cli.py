@@ -1,6 +1,7 @@
 """The command `unveil`: parsing and display only."""
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -414,9 +415,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     if "rank" in result:  # one of several processes, of which the first speaks for all
         return
-    print("\n".join(tell(result)), file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
+    try:
+        print("\n".join(tell(result)), file=sys.stderr if as_json else sys.stdout, flush=True)
+        if as_json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; Python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if result.get("finished") is False:
         sys.exit(130)
 

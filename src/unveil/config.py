@@ -17,10 +17,10 @@ Space = Literal["plain", "v"]
 Masking = Literal["random", "tube", "center"]
 ClassTokenInit = Literal["normal", "zeros"]
 DecoderKind = Literal["joint", "cross_self", "cross"]
-Summary = Literal["tokens", "mean"]
+Summary = Literal["tokens", "mean", "own"]
 Norm = Literal["layer", "layer_fixed", "rms"]
 MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
-Positions = Literal["sincos", "learned", "rotary"]
+Positions = Literal["sincos", "learned", "separable", "rotary"]
 HeadInit = Literal["xavier", "normal", "zeros"]
 TimeKind = Literal["none", "add", "token", "adaln"]
 Trunk = Literal["plain", "wide"]
@@ -139,7 +139,8 @@ class Decoder:
 
     taps: which encoder blocks the decoder's blocks read, counted from 1, deepest first. `joint` reads the last only;
         `cross` and `cross_self` have one for each decoder block.
-    summary: how the class tokens enter a joint decoder: as "tokens" of their own, or their "mean" as one.
+    summary: how the class tokens enter a joint decoder: as "tokens" of their own, or their "mean" as one; or not at all, for
+        the decoder has its "own".
     """
 
     kind: DecoderKind
@@ -160,9 +161,9 @@ class Decoder:
             )
         if list(self.taps) != sorted(self.taps, reverse=True):
             raise ValueError(f"Decoder has taps={self.taps}; write them deepest first.")
-        if self.summary == "mean" and self.kind != "joint":
+        if self.summary != "tokens" and self.kind != "joint":
             raise ValueError(
-                f"Decoder has summary='mean' with kind={self.kind!r}, which reads the encoder's tokens as they are. "
+                f"Decoder has summary={self.summary!r} with kind={self.kind!r}, which reads the encoder's tokens as they are. "
                 "Use summary='tokens', or kind='joint'."
             )
 
@@ -175,7 +176,8 @@ class Network:
     norm_eps: what a norm adds to the variance. 1e-6 in MAE, DiT, UMD and timm; Hugging Face's ViTs have 1e-12, which
         converted weights keep.
     qk_norm: normalise queries and keys of every head.
-    positions: fixed sin-cos, learned, or sin-cos at the input and a rotation of queries and keys in every block.
+    positions: fixed sin-cos; learned; learned as a table of places plus one of times ("separable"); or sin-cos at the input
+        and a rotation of queries and keys in every block.
     head_init: of the Linear maps that make the predictions.
     """
 

@@ -25,7 +25,7 @@ VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
 # What Hugging Face's configs mean by saying nothing, in both of their classes.
 HF_NORM_EPS = 1e-12
-HF_MODELS = {"vit", "vit_mae"}
+HF_MODELS = {"vit", "vit_mae", "videomae"}
 HEADS = re.compile(r"(head|fc|classifier|pooler\.dense)\.(weight|bias)")
 
 
@@ -34,7 +34,8 @@ class Told:
     """What somebody says of a file beside its tensors; None for what is not said.
 
     num_heads, decoder_heads: of the two parts. norm_eps: of every norm. patch_norm: whether predictions are of normalised
-    patches. mean, std: by which pixels in [0, 1] were normalised, one number for each channel.
+    patches. mean, std: by which pixels in [0, 1] were normalised, one number for each channel. frames, side: of VideoMAE's
+    clips, which its tensors do not tell.
     """
 
     num_heads: int | None = None
@@ -43,6 +44,8 @@ class Told:
     patch_norm: bool | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    frames: int | None = None
+    side: int | None = None
 
 
 def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Told:
@@ -68,13 +71,14 @@ def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> T
         ("num_attention_heads", int),
         ("decoder_num_attention_heads", int),
         ("layer_norm_eps", int | float),
+        ("num_frames", int),
     ):
         if not isinstance(config.get(name, 1), kind):
             raise ValueError(f"config.json says {name}={config[name]!r}, which is no number of its kind.")
     if config["model_type"] not in HF_MODELS:
         raise ValueError(
             f"config.json says model_type={config['model_type']!r}, but of Hugging Face's models only "
-            f"{' and '.join(sorted(HF_MODELS))} can be converted."
+            "videomae, vit and vit_mae can be converted."
         )
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"config.json says hidden_act={config['hidden_act']!r}, which no model here has; only 'gelu'.")
@@ -85,10 +89,20 @@ def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> T
         decoder_heads=config.get("decoder_num_attention_heads"),
         norm_eps=config.get("layer_norm_eps", HF_NORM_EPS),
         patch_norm=patch_norm,
+        frames=config.get("num_frames"),
+        side=_side(config.get("image_size")),
     )
 
 
-def _timms_name(name: str) -> str:
+def _side(size: Any) -> int | None:
+    """Pixels on a side, of a number or of two alike."""
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not sides or any(side != sides[0] for side in sides) or not isinstance(sides[0], int | None):
+        raise ValueError(f"config.json says image_size={size!r}, but only square pictures can be converted.")
+    return sides[0]
+
+
+def timms_name(name: str) -> str:
     """timm's or MAE's name for Hugging Face's, as it writes them to disk; queries, keys and values stay apart."""
     name = name.removeprefix("vit.")
     name = re.sub(r"^encoder\.layer\.", "blocks.", name)
@@ -108,31 +122,36 @@ def _timms_name(name: str) -> str:
     return name
 
 
-def _linear(source: Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
+def take_linear(source: Source, theirs: str, ours: str, in_dim: int, out_dim: int) -> None:
     source.state[f"{ours}.weight"] = source.take(f"{theirs}.weight", out_dim, in_dim)
     source.state[f"{ours}.bias"] = source.take(f"{theirs}.bias", out_dim)
 
 
-def _norm(source: Source, theirs: str, ours: str, dim: int) -> None:
+def take_norm(source: Source, theirs: str, ours: str, dim: int) -> None:
     for name in ("weight", "bias"):
         source.state[f"{ours}.{name}"] = source.take(f"{theirs}.{name}", dim)
 
 
-def _block(source: Source, theirs: str, ours: str, D: int) -> None:
+def take_block(source: Source, theirs: str, ours: str, D: int) -> None:
     if f"{theirs}.attn.query.weight" in source.values:
         parts = [f"{theirs}.attn.{part}" for part in ("query", "key", "value")]
         source.state[f"{ours}.attn.qkv.weight"] = torch.cat([source.take(f"{p}.weight", D, D) for p in parts])
-        source.state[f"{ours}.attn.qkv.bias"] = torch.cat([source.take(f"{p}.bias", D) for p in parts])
+        if source.kind == "videomae":
+            biases = [source.take(f"{theirs}.attn.{name}", D) for name in ("q_bias", "v_bias")]
+            biases.insert(1, torch.zeros(D))
+        else:
+            biases = [source.take(f"{p}.bias", D) for p in parts]
+        source.state[f"{ours}.attn.qkv.bias"] = torch.cat(biases)
     else:
-        _linear(source, f"{theirs}.attn.qkv", f"{ours}.attn.qkv", D, 3 * D)
-    _linear(source, f"{theirs}.attn.proj", f"{ours}.attn.proj", D, D)
-    _linear(source, f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1", D, 4 * D)
-    _linear(source, f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2", 4 * D, D)
-    _norm(source, f"{theirs}.norm1", f"{ours}.norm1", D)
-    _norm(source, f"{theirs}.norm2", f"{ours}.norm2", D)
+        take_linear(source, f"{theirs}.attn.qkv", f"{ours}.attn.qkv", D, 3 * D)
+    take_linear(source, f"{theirs}.attn.proj", f"{ours}.attn.proj", D, D)
+    take_linear(source, f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1", D, 4 * D)
+    take_linear(source, f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2", 4 * D, D)
+    take_norm(source, f"{theirs}.norm1", f"{ours}.norm1", D)
+    take_norm(source, f"{theirs}.norm2", f"{ours}.norm2", D)
 
 
-def _heads(given: int | None, known: Mapping[int, int], width: int, what: str, option: str) -> int:
+def heads_of(given: int | None, known: Mapping[int, int], width: int, what: str, option: str) -> int:
     heads = known.get(width) if given is None else given
     if heads is None:
         raise ValueError(
@@ -153,7 +172,7 @@ def _positions(source: Source, name: str, D: int, class_row: bool, side: int) ->
     return first, rest, torch.allclose(rest, sincos_positions(D, (1, side, side)), rtol=0, atol=1e-6)
 
 
-def _normalisation(
+def normalisation_of(
     told: Told, says: Told, kind: Kind, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """mean, std, and where they are from."""
@@ -170,8 +189,10 @@ def _normalisation(
                     "--mean and --std."
                 )
             return mean, std, why
-    if kind == "mae" and channels == 3:
-        return sizes.IMAGENET_MEAN, sizes.IMAGENET_STD, "ImageNet's, as MAE has them; no file says so"
+    if kind in ("mae", "videomae") and channels == 3:
+        return sizes.IMAGENET_MEAN, sizes.IMAGENET_STD, f"ImageNet's, as {NAMES[kind]} has them; no file says so"
+    if kind == "mae_st":
+        return (0.45,) * channels, (0.225,) * channels, "as MAE-ST has them; no file says so"
     why = "as timm's plain ViTs have them; no file says so, and others have ImageNet's"
     return (0.5,) * channels, (0.5,) * channels, why
 
@@ -202,7 +223,7 @@ def from_vit(
     foreign = is_hugging_face(tensors)
     source = Source(kind, tensors)
     if foreign:
-        source.rename({name: _timms_name(name) for name in source.values})
+        source.rename({name: timms_name(name) for name in source.values})
     source.drop([n for n in source.values if HEADS.fullmatch(n)], "a head behind the features, which are what is kept")
 
     D, C, p, _ = source.sizes("patch_embed.proj.weight", 4)
@@ -218,8 +239,8 @@ def from_vit(
         raise ValueError("The file has a decoder, so it is no plain ViT. Use --kind mae, or leave it out.")
 
     state, depth = source.state, source.depth(r"blocks\.(\d+)\.")
-    num_heads = _heads(given.num_heads or config.num_heads, VIT_HEADS, D, "encoder", "--num-heads")
-    mean, std, why = _normalisation(given, config, kind, C)
+    num_heads = heads_of(given.num_heads or config.num_heads, VIT_HEADS, D, "encoder", "--num-heads")
+    mean, std, why = normalisation_of(given, config, kind, C)
     notices = [f"Pixels are normalised by mean {mean} and std {std}: {why}."]
     eps = given.norm_eps or config.norm_eps or (HF_NORM_EPS if foreign else 1e-6)
     patch_norm = config.patch_norm if given.patch_norm is None else given.patch_norm
@@ -236,8 +257,8 @@ def from_vit(
     if has_class:
         state["encoder.cls_token"] = source.take("cls_token", 1, 1, D) + first
     for i in range(depth):
-        _block(source, f"blocks.{i}", f"encoder.blocks.{i}", D)
-    _norm(source, "norm", "encoder.norm", D)
+        take_block(source, f"blocks.{i}", f"encoder.blocks.{i}", D)
+    take_norm(source, "norm", "encoder.norm", D)
 
     known, size = size_of(D, depth, num_heads, p)
     recipe = recipes.mae(known, height=side * p, channels=C, patch_norm=patch_norm is not False)
@@ -279,7 +300,7 @@ def _decoder(
     """Take MAE's decoder of an encoder of width D; its positions, (N, W), and whether they are the fixed table."""
     W, _ = source.sizes("decoder_embed.weight", 2)
     depth = source.depth(r"decoder_blocks\.(\d+)\.")
-    heads = _heads(given.decoder_heads or config.decoder_heads, DECODER_HEADS, W, "decoder", "--decoder-heads")
+    heads = heads_of(given.decoder_heads or config.decoder_heads, DECODER_HEADS, W, "decoder", "--decoder-heads")
     first, rest, fixed = _positions(source, "decoder_pos_embed", W, class_row, side)
     if first.any():
         raise ValueError(
@@ -287,11 +308,11 @@ def _decoder(
             "zero."
         )
     if W != D:  # between equal widths there is no map here, and the file's has no place
-        _linear(source, "decoder_embed", "decoder.embed", D, W)
+        take_linear(source, "decoder_embed", "decoder.embed", D, W)
     source.state["decoder.mask_token"] = source.take("mask_token", 1, 1, W)
     for i in range(depth):
-        _block(source, f"decoder_blocks.{i}", f"decoder.blocks.{i}", W)
-    _norm(source, "decoder_norm", "head.norm", W)
-    _linear(source, "decoder_pred", "head.pred.x0", W, token_dim)
+        take_block(source, f"decoder_blocks.{i}", f"decoder.blocks.{i}", W)
+    take_norm(source, "decoder_norm", "head.norm", W)
+    take_linear(source, "decoder_pred", "head.pred.x0", W, token_dim)
     taps = (source.depth(r"blocks\.(\d+)\."),)
     return Decoder(kind="joint", embed_dim=W, depth=depth, num_heads=heads, taps=taps), rest, fixed

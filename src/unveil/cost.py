@@ -92,7 +92,7 @@ def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     if d.kind == "joint":
         if e.embed_dim != D:
             decoder += (R + V) * e.embed_dim * D + (2 * cond_dim * e.embed_dim if adaln else 0)
-        summary = 1 if d.summary == "mean" else R
+        summary = R if d.summary == "tokens" else 1
         decoder += _blocks(d.depth, summary + V + M, D, network, told, cond_dim)
     else:
         cross = 2 * M * D**2 + 2 * (R + V) * e.embed_dim * D + 2 * M * (R + V) * D

@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         num_taps: memories that `prepare` will be given; the first is normalised already.
         noisy: whether some branch hands over the hidden tokens' noisy values.
         masked: whether some branch puts mask tokens in their place.
-        num_class_tokens, summary: those of the encoder, and how they enter a joint decoder: "tokens" or "mean".
+        num_class_tokens, summary: those of the encoder, and how they enter a joint decoder: "tokens", "mean" or "own".
         norm, norm_eps, mlp, qk_norm, positions, time: as in `unveil.config`.
         cond_dim: width of the condition.
     """
@@ -73,6 +73,9 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if masked else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if summary == "own" else None
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
         self.noisy_embed = nn.Linear(token_dim, embed_dim).apply(init_weights) if noisy else None
         self.embed = self.embed_modulation = None
         if kind == "joint":
@@ -109,6 +112,8 @@ class Decoder(nn.Module):
             summary, x = x[:, : self.num_class_tokens], x[:, self.num_class_tokens :]
             if self.summary == "mean":
                 summary = summary.mean(1, keepdim=True)
+            elif self.cls_token is not None:
+                summary = self.cls_token.expand(x.shape[0], -1, -1)
             return Context(visible, torch.cat([summary, x + self.positions(visible)], dim=1), [])
         keys_values = []
         for block, norm, tap in zip(self.blocks, self.tap_norms, memory, strict=True):

@@ -104,10 +104,10 @@ def to_timm(model: AnyModel | Recognizer, head_classes: int) -> tuple[dict[str, 
     state = {
         name.removeprefix("encoder."): value
         for name, value in model.state_dict().items()
-        if name.startswith("encoder.") and name != "encoder.positions.pos_embed"
+        if name.startswith("encoder.") and not name.startswith("encoder.positions.")
     }
     state["patch_embed.proj.weight"] = _conv(state["patch_embed.proj.weight"], model)
-    state["pos_embed"] = _table(model.encoder.positions.pos_embed, e.num_class_tokens)
+    state["pos_embed"] = _table(model.encoder.positions.table(), e.num_class_tokens)
     if isinstance(model, Recognizer):
         tuned, pool = _timm_head(model)
         state |= tuned
@@ -180,7 +180,7 @@ def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     prefix = "vit." if whole else ""
     tensors = {
         f"{prefix}embeddings.cls_token": state["encoder.cls_token"],
-        f"{prefix}embeddings.position_embeddings": _table(model.encoder.positions.pos_embed, 1),
+        f"{prefix}embeddings.position_embeddings": _table(model.encoder.positions.table(), 1),
         f"{prefix}embeddings.patch_embeddings.projection.weight": _conv(
             state["encoder.patch_embed.proj.weight"], model
         ),
@@ -216,7 +216,7 @@ def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         }
         tensors |= {
             "decoder.mask_token": state["decoder.mask_token"],
-            "decoder.decoder_pos_embed": _table(model.decoder.positions.pos_embed, 1),
+            "decoder.decoder_pos_embed": _table(model.decoder.positions.table(), 1),
             # ours has no map between equal widths, and the identity computes the same
             "decoder.decoder_embed.weight": state.get("decoder.embed.weight", torch.eye(d.embed_dim)),
             "decoder.decoder_embed.bias": state.get("decoder.embed.bias", torch.zeros(d.embed_dim)),

@@ -18,10 +18,10 @@ from unveil.model import model_of
 from unveil.recipe import Recipe
 from unveil.sizes import Shape
 
-Kind = Literal["umd", "dit", "mae", "vit"]
+Kind = Literal["umd", "dit", "mae", "vit", "mae_st", "videomae"]
 State = dict[str, Tensor]
 
-NAMES = {"umd": "UMD", "dit": "DiT", "mae": "MAE", "vit": "a ViT"}
+NAMES = {"umd": "UMD", "dit": "DiT", "mae": "MAE", "vit": "a ViT", "mae_st": "MAE-ST", "videomae": "VideoMAE"}
 # Of the block's parts: Hugging Face's names on disk, and timm's, which MAE's own code has and we have.
 HF_BLOCK = {
     "attention.output.dense": "attn.proj",
@@ -69,6 +69,10 @@ def recognise(tensors: Mapping[str, Tensor]) -> Kind:
         return "umd"
     if any(name.startswith(("x_embedder.", "final_layer.")) for name in names):
         return "dit"
+    if "pos_embed_temporal" in names:
+        return "mae_st"
+    if any(name.endswith("patch_embeddings.projection.weight") and tensors[names[name]].ndim == 5 for name in names):
+        return "videomae"
     if any(name.startswith(("decoder_embed.", "decoder.decoder_embed.")) for name in names):
         return "mae"
     if any(name.endswith(("patch_embed.proj.weight", "patch_embeddings.projection.weight")) for name in names):
@@ -77,7 +81,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> Kind:
     raise ValueError(
         "These tensors are neither UMD's ('Encoder/...', 'final_conv/kernel') nor DiT's ('x_embedder.proj.weight', ...) nor "
         "MAE's or another ViT's ('patch_embed.proj.weight', or 'embeddings.patch_embeddings.projection.weight' in Hugging "
-        f"Face's names): the file holds {first}. Give a file of one of these."
+        "Face's names) nor MAE-ST's ('pos_embed_temporal') nor VideoMAE's (Hugging Face's names, a kernel of five axes): "
+        f"the file holds {first}. Give a file of one of these."
     )
 
 

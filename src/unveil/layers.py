@@ -190,17 +190,26 @@ class PositionTable(nn.Module):
     """Where tokens stand: what is added to them, (N, D), and by how much rotary attention turns each head.
 
     Args:
-        kind: "sincos" and "rotary" are made from the grid and not saved; "learned" is N(0, 1/N) at first, as UMD has it.
+        kind: "sincos" and "rotary" are made from the grid and not saved; "learned" is N(0, 1/N) at first, as UMD has it;
+            "separable" is a row for each place and one for each time, N(0, 0.02), whose sum it is, as MAE-ST has it.
     """
 
     pos_embed: Tensor
+    pos_space: Tensor
+    pos_time: Tensor
     cos: Tensor
     sin: Tensor
 
     def __init__(self, kind: str, embed_dim: int, num_heads: int, grid: Grid) -> None:
         super().__init__()
         table = sincos_positions(embed_dim, grid)
-        if kind == "learned":
+        self.separable = kind == "separable"
+        if self.separable:
+            self.pos_space = nn.Parameter(torch.empty(grid[1] * grid[2], embed_dim))
+            self.pos_time = nn.Parameter(torch.empty(grid[0], embed_dim))
+            for rows in (self.pos_space, self.pos_time):
+                nn.init.normal_(rows, std=0.02)
+        elif kind == "learned":
             self.pos_embed = nn.Parameter(torch.empty_like(table))
             nn.init.normal_(self.pos_embed, std=len(table) ** -0.5)
         else:
@@ -211,9 +220,15 @@ class PositionTable(nn.Module):
             self.register_buffer("cos", angles.cos().float(), persistent=False)
             self.register_buffer("sin", angles.sin().float(), persistent=False)
 
+    def table(self) -> Tensor:
+        """What is added to every token, (N, D)."""
+        if self.separable:
+            return (self.pos_time[:, None] + self.pos_space).flatten(0, 1)
+        return self.pos_embed
+
     def forward(self, indices: Tensor) -> Tensor:
         """What is added to the tokens at these indices: (B, L) to (B, L, D)."""
-        return self.pos_embed[indices]
+        return self.table()[indices]
 
     def rotation(self, indices: Tensor, before: int, after: int = 0) -> Rotation | None:
         """For tokens at these indices (B, L), with tokens that stand nowhere before and after them, which are not turned."""

@@ -38,7 +38,7 @@ def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, decay:
             layer = (
                 0 if name.startswith(("encoder.patch_embed", "encoder.cls", "encoder.pos", "condition.")) else depth + 1
             )
-        spared = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed", "label_places"))
+        spared = parameter.ndim <= 1 or name.endswith(("cls_token", "label_places")) or ".positions." in name
         groups.setdefault((layer, spared), []).append(parameter)
     return [
         {

@@ -82,7 +82,17 @@ def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, D).to(table.dtype)
 
 
-POSITIONS = "encoder.positions.pos_embed"
+POSITIONS = "encoder.positions."
+
+
+def resampled(state: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tensor]:
+    """Learned positions among these tensors for another grid; one table, or one of places and one of times."""
+    within = {"pos_embed": (old, new), "pos_space": ((1, *old[1:]), (1, *new[1:])),
+              "pos_time": ((old[0], 1, 1), (new[0], 1, 1))}  # fmt: skip
+    return {
+        name: resample_positions(value, *within[name.removeprefix(POSITIONS)]) if name.startswith(POSITIONS) else value
+        for name, value in state.items()
+    }
 
 
 def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -> dict[str, Tensor]:
@@ -95,9 +105,7 @@ def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -
         norm = "encoder.norm." if recipe.decoder is not None else "head.norm."
         kept |= {"fc_norm." + name.removeprefix(norm): v for name, v in state.items() if name.startswith(norm)}
     old, new = model.recipe.clip.grid, recipe.clip.grid
-    if POSITIONS in kept and old != new:
-        kept[POSITIONS] = resample_positions(kept[POSITIONS], old, new)
-    return kept
+    return kept if old == new else resampled(kept, old, new)
 
 
 @dataclass(frozen=True)

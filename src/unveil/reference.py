@@ -17,7 +17,7 @@ DECODER = re.compile(r"decoder_|mask_token|head\.")
 
 
 def library_of(tensors: Mapping[str, Tensor]) -> str:
-    """Whose code these tensors' names belong to: "transformers" or "timm"."""
+    """Whose code the names of an image model's or VideoMAE's tensors belong to: "transformers" or "timm"."""
     return "transformers" if is_hugging_face(tensors) else "timm"
 
 
@@ -107,6 +107,36 @@ def _hf_difference(
     return _largest(gather(result.logits, mask.hidden), ours)
 
 
+def _videomae_tokens(model: AnyModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor) -> Tensor:
+    from transformers import VideoMAEConfig, VideoMAEModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    clip, e = model.recipe.clip, model.recipe.encoder
+    sizes = {
+        "hidden_size": e.embed_dim,
+        "num_hidden_layers": e.depth,
+        "num_attention_heads": e.num_heads,
+        "intermediate_size": 4 * e.embed_dim,
+        "image_size": clip.height,
+        "num_frames": clip.frames,
+        "tubelet_size": clip.tubelet_size,
+        "patch_size": clip.patch_size,
+        "num_channels": clip.channels,
+        "layer_norm_eps": model.recipe.network.norm_eps,
+        **config,
+        "dtype": "float32",
+        "use_mean_pooling": False,  # or its encoder has no last norm
+    }
+    theirs = VideoMAEModel.from_pretrained(
+        None,
+        config=VideoMAEConfig(**sizes),
+        state_dict={name.removeprefix("videomae."): value.float() for name, value in tensors.items()},
+    )
+    tokens: Tensor = theirs.eval()(pixel_values=x.transpose(1, 2)).last_hidden_state
+    return tokens
+
+
 def _largest(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).abs().max())
 
@@ -123,9 +153,12 @@ def largest_difference(model: AnyModel, tensors: Mapping[str, Tensor], config: M
         The largest absolute difference; and "tokens" of the encoder, or "predictions" of a whole Hugging Face MAE.
     """
     clip = model.recipe.clip
-    shape = (NUM_PICTURES, clip.channels, 1, clip.height, clip.width)
+    shape = (NUM_PICTURES, clip.channels, clip.frames, clip.height, clip.width)
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    x = ((pictures - model.mean) / model.std)[:, :, 0]
+    x = (pictures - model.mean) / model.std
+    if model.recipe.name == "videomae":
+        return _largest(_videomae_tokens(model, tensors, config, x), model.encode(pictures)), "tokens"
+    x = x[:, :, 0]
     with torch.random.fork_rng(devices=[]):
         if library_of(tensors) == "transformers":
             what = "tokens" if model.parts else "predictions"

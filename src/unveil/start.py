@@ -82,7 +82,7 @@ def starting_from(recipe: Recipe, origin: Recipe) -> Recipe:
                 f"--init: its encoder has {what}={theirs!r}, but {recipe.name} {recipe.size} has {ours!r}, so its weights "
                 "would not fit or compute something else. Give another --size, --recipe or shape."
             )
-    if origin.network.positions == "learned" and origin.clip.grid != recipe.clip.grid:
+    if origin.network.positions in ("learned", "separable") and origin.clip.grid != recipe.clip.grid:
         raise ValueError(
             f"--init: its learned positions are of a grid of {origin.clip.grid} tokens (time, rows, columns), but here it is "
             f"{recipe.clip.grid}. Use its --image-size, {origin.clip.height}x{origin.clip.width}, and as many frames."

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from unveil.checkpoint import About, save_weights
 from unveil.convert import from_dit, from_umd
+from unveil.convert_video import from_mae_st, from_videomae
 from unveil.convert_vit import Told, from_vit, read_config
-from unveil.foreign import Kind, recognise
+from unveil.foreign import NAMES, Kind, recognise
 from unveil.model import AnyModel, model_of
 from unveil.recipe import to_dict
 from unveil.reference import is_installed, largest_difference, library_of
@@ -31,8 +32,8 @@ TOLERANCE = 1e-4  # of --check, float32
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn published weights of MAE, a plain ViT, UMD or DiT into a weights file of this package. Fails unless every tensor
-    finds its place. See docs/weights.md.
+    """Turn published weights of MAE, MAE-ST, VideoMAE, a plain ViT, UMD or DiT into a weights file of this package. Fails
+    unless every tensor finds its place. See docs/weights.md.
 
     Example: unveil convert --source mae_pretrain_vit_base.pth --out mae_b.safetensors
     """
@@ -42,10 +43,10 @@ class Convert:
     if there is one), or a folder of Hugging Face or timm with model.safetensors and config.json. No code in it is run."""
     out: Path
     """The .safetensors file to write; it must not exist."""
-    kind: Literal["umd", "dit", "mae", "vit"] | None = None
+    kind: Literal["umd", "dit", "mae", "vit", "mae_st", "videomae"] | None = None
     """Whose weights they are. Default: told from their names."""
     num_heads: int | None = None
-    """Attention heads of a DiT, a MAE or a ViT, which its tensors do not tell. Default: what config.json says, else the
+    """Attention heads of any but UMD's, which its tensors do not tell. Default: what config.json says, else the
     published model's of its width."""
     decoder_heads: int | None = None
     """Attention heads of a MAE's decoder. Default: as for --num-heads."""
@@ -53,12 +54,12 @@ class Convert:
     """Whether a whole MAE predicts normalised patches. Default: what config.json says, else yes."""
     mean: tuple[float, ...] | None = None
     """By what a MAE or a ViT normalises pixels in [0, 1], for each channel. Default: what config.json says, else ImageNet's
-    for a MAE, 0.5 for a ViT."""
+    for MAE and VideoMAE, 0.45 and 0.225 for MAE-ST, 0.5 for a ViT."""
     std: tuple[float, ...] | None = None
     """The same for the standard deviation."""
     check: bool | None = None
-    """Run a MAE or a ViT beside its own library (timm, transformers) on random pictures, and fail if they differ by more than
-    1e-4. Default: if that library is installed."""
+    """Run a MAE, VideoMAE or ViT beside its own library (timm, transformers) on random pictures, and fail if they differ by
+    more than 1e-4. Default: if that library is installed."""
 
 
 def _read(path: Path) -> Any:
@@ -141,11 +142,15 @@ def _check_options(options: Convert, kind: Kind) -> None:
         raise ValueError(
             "--num-heads is for a DiT, a MAE or a ViT; UMD's weights tell their heads themselves. Leave it out."
         )
-    for name in ("decoder_heads", "patch_norm", "mean", "std", "check"):
-        if getattr(options, name) is not None and kind in ("umd", "dit"):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for a MAE or a ViT; this is {kind.upper()}'s. Leave it out."
-            )
+    refused = {
+        "umd": ("decoder_heads", "patch_norm", "mean", "std", "check"),
+        "dit": ("decoder_heads", "patch_norm", "mean", "std", "check"),
+        "mae_st": ("check",),
+        "videomae": ("decoder_heads", "patch_norm"),
+    }
+    for name in refused.get(kind, ()):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no part in converting {NAMES[kind]}. Leave it out.")
 
 
 def _check_against(library: str, model: AnyModel, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
@@ -190,13 +195,17 @@ def convert(options: Convert) -> dict[str, Any]:
             std=options.std,
         )
         config, preprocessor = _configs(options.source)
-        recipe, state, report, notices = from_vit(
-            tensors, kind=kind, given=given, config=read_config(config, preprocessor)
-        )
+        says = read_config(config, preprocessor)
+        if kind == "mae_st":
+            recipe, state, report, notices = from_mae_st(tensors, given=given)
+        elif kind == "videomae":
+            recipe, state, report, notices = from_videomae(tensors, given=given, config=says)
+        else:
+            recipe, state, report, notices = from_vit(tensors, kind=kind, given=given, config=says)
     with torch.random.fork_rng(devices=[]):
         model = model_of(recipe, report.parts)
     model.load_state_dict(state)  # every tensor of the model is filled, or this raises
-    if kind in ("mae", "vit") and options.check is not False:
+    if kind in ("mae", "vit", "videomae") and options.check is not False:
         library = library_of(tensors)
         if is_installed(library):
             notices.append(_check_against(library, model.eval(), tensors, config))

@@ -16,7 +16,7 @@ from unveil.start import carry_over, starting_from
 from unveil.train import Progress, train
 
 RecipeName = Literal[
-    "diffmae", "mae", "mae_raw", "umd", "umd_flow", "dit", "maskdit", "dit_umd", "maskdit_umd", "mae_umd"
+    "diffmae", "mae", "mae_raw", "mae_video", "umd", "umd_flow", "dit", "maskdit", "dit_umd", "maskdit_umd", "mae_umd"
 ]
 
 
@@ -28,7 +28,8 @@ class Pretrain(TrainingOptions):
     """
 
     recipe: RecipeName = "diffmae"
-    """diffmae: paints and represents. mae: normalised patches, represents. mae_raw: raw pixels, one-step painting. umd:
+    """diffmae: paints and represents. mae: normalised patches, represents. mae_raw: raw pixels, one-step painting.
+    mae_video: MAE of clips (MAE-ST), represents. umd:
     represents and generates. umd_flow: the same with one prediction. dit, maskdit: generate. dit_umd, maskdit_umd,
     mae_umd: these methods in UMD's network, to compare with it."""
     size: str | None = None
@@ -40,12 +41,12 @@ class Pretrain(TrainingOptions):
     channels: int | None = None
     """Channels of the pictures: 3 colour, 1 gray, others from .npy arrays. Default 3; 1 for the digits."""
     frames: int | None = None
-    """Frames of a clip. Default 1, a picture; 8 for moving-digits."""
+    """Frames of a clip. Default 1, a picture; 16 for mae_video, 8 for moving-digits."""
     tubelet_size: int | None = None
-    """Frames in one token. Default 1; 2 for moving-digits."""
+    """Frames in one token. Default 1; 2 for mae_video and moving-digits."""
 
     mask_ratio: float | None = None
-    """Share of tokens that is hidden, 0 to 1. Default 0.75."""
+    """Share of tokens that is hidden, 0 to 1. Default 0.75; 0.9 for mae_video."""
     masking: Masking | None = None
     """random over space and time (default), tube (the same places in every frame), or the center block."""
     decoder: DecoderKind | None = None
@@ -74,16 +75,18 @@ BUILT_IN = {
 def recipe_of(options: Pretrain) -> Recipe:
     """The recipe that the options name, with the fields replaced that they give."""
     built_in = BUILT_IN.get(options.data.partition(":")[0], {})
-    default_side = "224" if options.recipe in ("diffmae", "mae", "mae_raw") else "64"
+    default_side = "224" if options.recipe in ("diffmae", "mae", "mae_raw", "mae_video") else "64"
     height, width = parse_image_size(options.image_size or built_in.get("image_size", default_side))
     shape: dict[str, Any] = {"height": height, "width": width}
     for name in ("channels", "frames", "tubelet_size"):
         value = getattr(options, name)
         shape[name] = built_in.get(name) if value is None else value
-    masks = {name: getattr(options, name) for name in ("mask_ratio", "masking", "decoder")}
+    ratio = {"mask_ratio": options.mask_ratio}
+    masks = {name: getattr(options, name) for name in ("masking", "decoder")}
     diffusion = {name: getattr(options, name) for name in ("schedule", "rho", "target")}
     fidelity = {"faithful": options.faithful or None}
     for belongs_to, given in (
+        (("diffmae", "mae", "mae_raw", "mae_video"), ratio),
         (("diffmae", "mae", "mae_raw"), masks),
         (("diffmae",), diffusion),
         (("umd", "mae_umd"), fidelity),
@@ -94,7 +97,9 @@ def recipe_of(options: Pretrain) -> Recipe:
                     f"--{name.replace('_', '-')} {value} belongs to {' and '.join(belongs_to)}; {options.recipe} has it fixed "
                     "or has no such thing. Drop it, or use one of these."
                 )
-    given = {name: value for name, value in {**shape, **masks, **diffusion, **fidelity}.items() if value is not None}
+    given = {
+        name: value for name, value in {**shape, **ratio, **masks, **diffusion, **fidelity}.items() if value is not None
+    }
     recipe = recipes.RECIPES[options.recipe](
         options.size or built_in.get("size", "B/16" if default_side == "224" else "B/4"), **given
     )
