@@ -29,6 +29,7 @@ from unveil.data import Samples, open_source
 from unveil.features import encoder_features
 from unveil.finetuning import SMALL, Recognition, preset_of
 from unveil.layers import Block
+from unveil.metrics import accuracy, knn_predictions
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import layer_decay_groups
 from unveil.recipe import section_from_dict, to_dict
@@ -47,6 +48,7 @@ from unveil.tasks.embed import Embed, embed
 from unveil.tasks.finetune import Finetune, finetune, split, training_of
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
+from unveil.tasks.probe import Probe, probe
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
@@ -568,14 +570,14 @@ def test_all_weights_move_and_the_optimiser_stepped(tmp_path: Path, run: Path) -
 
 def terminate_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     calls = iter(range(10**6))
-    real = job_module.blended
+    real = job_module.blend
 
     def act(*arguments: Any) -> Any:
         if next(calls) == step:
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(job_module, "blended", act)
+    monkeypatch.setattr(job_module, "blend", act)
 
 
 @pytest.mark.parametrize("name", ["diffmae", "umd"])
@@ -817,6 +819,28 @@ def test_what_the_head_reads_can_be_embedded(tmp_path: Path, run: Path, pool: An
         )
     with pytest.raises(ValueError, match="so it has no other features"):
         embed(Embed(run=tmp_path / "out", data="digits:test", out=tmp_path / "x.npz", pool="patches", device="cpu"))
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+def test_what_the_head_reads_can_be_probed(tmp_path: Path, run: Path, pool: Any) -> None:
+    """Of neighbours in the features that `embed` writes."""
+    tuned(run, tmp_path / "out", pool=pool)
+    made = probe(Probe(run=tmp_path / "out", data="digits:train", test_data="digits:test", method="knn", device="cpu"))
+    assert made["pool"] == pool
+    parts = {}
+    for part in ("train", "test"):
+        out = tmp_path / f"{part}.npz"
+        embed(Embed(run=tmp_path / "out", data=f"digits:{part}", out=out, device="cpu"))
+        with np.load(out) as file:
+            parts[part] = torch.from_numpy(file["features"]), torch.from_numpy(file["label"])
+    (guess,) = knn_predictions(*parts["train"], parts["test"][0], 10, (20,))
+    right = accuracy(guess, parts["test"][1])
+    assert made["results"]["encoder"]["knn"] == pytest.approx(
+        right, abs=0.3
+    )  # a tie may fall otherwise in other batches
+    assert made["results"].keys() == {"encoder", "untrained encoder", "raw pixels"}
+    with pytest.raises(ValueError, match="so it has no other features"):
+        probe(Probe(run=tmp_path / "out", data="digits:train", test_data="digits:test", time=50, device="cpu"))
 
 
 # What the command says

@@ -15,7 +15,7 @@ from unveil.data import Batch, Samples, Skipped, batches
 from unveil.finetuning import Recognition
 from unveil.optim import ADAM_BETA1, layer_decay_groups, lr_factor
 from unveil.recipe import Recipe
-from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blended, score, to_targets
+from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blend, score, to_targets
 from unveil.report import contact_sheet
 from unveil.rundir import Run
 
@@ -51,7 +51,9 @@ class RecognitionJob:
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Targets]:
         assert batch.clips is not None
         targets = to_targets(self.recognition, self.train_truth[batch.indices])
-        return blended(batch.clips, targets, self.training, self.run.seed, epoch, places[0])
+        key = draws.key(self.run.seed, epoch, places[0], "blend")
+        clips, targets = blend(batch.clips, targets, self.training, key)
+        return clips, Targets(targets)
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
         training = self.training

@@ -1,5 +1,6 @@
 """Recognition: an encoder with a pool, a norm and one Linear on it; how it is trained, scored and kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from unveil import draws
 from unveil.checkpoint import About, check_tensors, find_weights, load_encoder, read_header, read_recognition
 from unveil.finetuning import FineTuning, Recognition
 from unveil.layers import norm_layer
@@ -68,6 +68,26 @@ class Recognizer(Backbone):
     def predict(self, clip: Tensor) -> Tensor:
         """(B, C, T, H, W) to probabilities of the classes, or of each label, or to numbers, (B, K)."""
         return self.tell(self(clip).float())
+
+
+def tuned_features(model: Recognizer, pool: str | None = None, time: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the head of a fine-tuned network reads, as `unveil.features.encoder_features` gives those of a pre-trained one.
+
+    Raises:
+        ValueError: another pool than its own, or a time; it saw clean clips only.
+    """
+    told = model.recognition.pool
+    if pool not in (None, told) or time:
+        raise ValueError(
+            f"This {model.recipe.name} is fine-tuned on clean pictures with the pool {told!r}, so it has no other features. "
+            "Leave --pool and --time out."
+        )
+
+    @torch.inference_mode()
+    def features(clips: Tensor, indices: Tensor) -> Tensor:
+        return model.pooled(clips)
+
+    return features
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -206,12 +226,6 @@ def load_recognizer(path: str | Path, device: torch.device | str = "cpu") -> tup
     check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
     model.load_state_dict(safetensors.torch.load_file(file))
     return model.to(device).eval(), about
-
-
-def blended(clips: Tensor, targets: Tensor, training: FineTuning, seed: int, *place: int) -> tuple[Tensor, Targets]:
-    """A batch as it is trained on; place names the draw."""
-    clips, targets = blend(clips, targets, training, draws.key(seed, *place, "blend"))
-    return clips, Targets(targets)
 
 
 def to_targets(recognition: Recognition, truth: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from unveil.checkpoint import FromRun, find_weights, pick_device, replacing
 from unveil.data import Batch, Samples, Skipped, Source, batches, source_for
 from unveil.features import Features, Kept, encoder_features, usual_pool
 from unveil.model import AnyModel
-from unveil.recognizer import Recognizer, load_any
+from unveil.recognizer import Recognizer, load_any, tuned_features
 
 ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are written to a parquet file
 
@@ -126,22 +125,6 @@ def write_npz(file: Path, parts: Iterator[Part], about: str) -> None:
         np.savez(stream, allow_pickle=False, metadata=np.array(about), **arrays)
 
 
-def _tuned_features(model: Recognizer, options: Embed) -> Features:
-    """What the head of a fine-tuned network reads, which is its own pool of clean clips."""
-    told = model.recognition
-    if options.pool not in (None, told.pool) or options.time:
-        raise ValueError(
-            f"{options.run} is fine-tuned on clean pictures with the pool {told.pool!r}, so it has no other features. Leave "
-            "--pool and --time out."
-        )
-
-    @torch.inference_mode()
-    def features(clips: Tensor, indices: Tensor) -> Tensor:
-        return model.pooled(clips)
-
-    return features
-
-
 def _about(options: Embed, model: AnyModel | Recognizer, source: Source) -> dict[str, Any]:
     """What a file says of its features."""
     recipe, clip = model.recipe, model.recipe.clip
@@ -179,7 +162,7 @@ def embed(options: Embed, on_progress: Callable[[int, int], None] | None = None)
     model, _ = load_any(options.run, device)
     source = source_for(options.data, model.recipe.clip)
     if isinstance(model, Recognizer):
-        function = _tuned_features(model, options)
+        function = tuned_features(model, options.pool, options.time)
     else:
         function = encoder_features(model, options.pool, options.time, options.seed)
     samples = Samples(source, model.recipe.clip, seed=0, training=None)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.checkpoint import FromRun, load_encoder, pick_device
+from unveil.checkpoint import FromRun, pick_device
 from unveil.config import Clip
 from unveil.data import Samples, batches, chosen_batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, untrained, usual_pool
 from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predictions, ridge_predict
 from unveil.probing import LarsProbe
+from unveil.recognizer import Recognizer, load_any, tuned_features
 
 NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -223,12 +224,16 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     """
     _check_options(options)
     device = pick_device(options.device)
-    model, _ = load_encoder(options.run, device)
-    clip = model.recipe.clip
+    model, _ = load_any(options.run, device)
+    clip, pool = model.recipe.clip, options.pool
     train_samples = _labelled(options.data, clip)
-    functions = {"encoder": encoder_features(model, options.pool, options.time, options.seed)}
+    if isinstance(model, Recognizer):
+        functions = {"encoder": tuned_features(model, pool, options.time)}
+        pool = model.recognition.pool
+    else:
+        functions = {"encoder": encoder_features(model, pool, options.time, options.seed)}
     if options.baselines:
-        pool_at_start = "mean" if model.recipe.condition.time == "adaln" else options.pool
+        pool_at_start = "mean" if model.recipe.condition.time == "adaln" else pool
         at_start = untrained(model.recipe, options.seed, device)
         functions |= {
             "untrained encoder": encoder_features(at_start, pool_at_start, options.time, options.seed),
@@ -307,7 +312,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "test_samples": len(truth),
         "num_classes": len(train_samples.source.classes or ()),
         "labels_per_class": options.labels_per_class,
-        "pool": options.pool or usual_pool(model.recipe),
+        "pool": pool or usual_pool(model.recipe),
         "time": options.time,
         "k": list(options.k or (NEIGHBOURS,)),
         "lars": lars,
