@@ -26,7 +26,7 @@ from PIL import Image
 from small import build, small
 
 from unveil import cli, recipes
-from unveil import train as train_module
+from unveil import pretraining_job as job_module
 from unveil.checkpoint import WEIGHTS, About, read_header, save_weights
 from unveil.tasks.pretrain import Pretrain, parse_image_size, recipe_of
 
@@ -703,20 +703,20 @@ def test_faithful_is_told_on() -> None:
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path, unveil: Unveil, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = train_module.draw
+    draw = job_module.draw
 
     def terminate(*arguments: Any, **named: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return draw(*arguments, **named)
 
-    monkeypatch.setattr(train_module, "draw", terminate)
+    monkeypatch.setattr(job_module, "draw", terminate)
     outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")
     assert outcome.code == 130
     assert (
         "Interrupted and saved; the same command goes on from here" in outcome.err
     )  # --json keeps stdout for programs
     assert json.loads(outcome.out)["finished"] is False
-    monkeypatch.setattr(train_module, "draw", draw)
+    monkeypatch.setattr(job_module, "draw", draw)
     outcome = unveil("pretrain --data digits:test --epochs 2 --json --out", tmp_path / "run")
     assert (outcome.code, json.loads(outcome.out)["resumed"]) == (0, True)
     step = json.loads(outcome.out)["step"] - json.loads(outcome.out)["steps_now"]

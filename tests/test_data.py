@@ -110,7 +110,7 @@ def test_bombs_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: in
     if not refused:
         read_one(path)
         return
-    monkeypatch.setattr("unveil.sources.np.array", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("unveil.decoding.np.array", lambda *_: pytest.fail("decoded"))
     assert "limit" in reason(path)
     assert "megapixels" in reason(path)
 

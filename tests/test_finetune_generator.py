@@ -20,13 +20,14 @@ from unveil.checkpoint import WEIGHTS, About, load_model, read_header, save_weig
 from unveil.data import Samples, open_source
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.planning import prepare
+from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe
 from unveil.rundir import Run
 from unveil.start import modules_of
 from unveil.tasks import finetune_generator as task
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, with_clean_share
 from unveil.tasks.generate import Generate, generate
-from unveil.train import Pretraining, Trainer
+from unveil.train import Trainer
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -117,7 +118,7 @@ def test_before_the_first_step_the_weights_are_the_pretrained_ones(
     run = save(tmp_path / "run", name, **arguments)
     recipe = begun(run, at_the_start, seed=3)
     started = at_the_start
-    job = Pretraining(recipe, started["samples"], started["run"], started["initial"])
+    job = PretrainingJob(recipe, started["samples"], started["run"], started["initial"])
     trainer = Trainer(job, started["samples"], started["run"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

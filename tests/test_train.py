@@ -29,18 +29,19 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from unveil import cli, draws, recipes
+from unveil import pretraining_job as job_module
 from unveil import sheet as sheet_module
-from unveil import train as train_module
 from unveil.checkpoint import LAST, WEIGHTS, load_model, read_header
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import lr_factor, optimizer_for, running_average
+from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
 from unveil.report import CAPTION, MARGIN
 from unveil.rundir import Run, lock
 from unveil.sheet import what_it_sees
-from unveil.train import Pretraining, Trainer, train
+from unveil.train import Trainer, train
 
 # Learning
 
@@ -320,7 +321,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], Non
             actions[step]()
         return draw(*arguments, **named)
 
-    monkeypatch.setattr(train_module, "draw", draw_and_act)
+    monkeypatch.setattr(job_module, "draw", draw_and_act)
 
 
 def terminate() -> None:
@@ -411,7 +412,7 @@ def test_resumed_equals_uninterrupted(
         assert not outcome["finished"]
         assert outcome["step"] == done
         assert outcome["resumed"] == (done > n)
-    monkeypatch.setattr(train_module, "draw", draw)
+    monkeypatch.setattr(job_module, "draw", draw)
     outcome = go(tmp_path / "run", pictures, PHOTO_RECIPES[name])
     assert outcome["finished"]
     assert outcome["resumed"]
@@ -433,7 +434,7 @@ def test_resumed_after_a_crash_equals_uninterrupted(
     with pytest.raises(RuntimeError, match="went away"):
         go(tmp_path / "run", pictures)
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 7
-    monkeypatch.setattr(train_module, "draw", draw)
+    monkeypatch.setattr(job_module, "draw", draw)
     assert go(tmp_path / "run", pictures)["resumed"]
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -465,7 +466,7 @@ def test_resumed_with_workers_equals_uninterrupted(
 ) -> None:
     at_step(monkeypatch, {7: terminate})
     assert go(tmp_path / "run", pictures, workers=before)["step"] == 8
-    monkeypatch.setattr(train_module, "draw", draw)
+    monkeypatch.setattr(job_module, "draw", draw)
     assert go(tmp_path / "run", pictures, workers=after)["finished"]
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -539,7 +540,7 @@ def test_each_average_and_the_weights_as_trained_are_saved(
     The averages are computed here from the weights after each step; a decay of 0.99 has not grown beyond 12/21 by then.
     """
     monkeypatch.setattr(Recorded, "before", [], raising=False)
-    monkeypatch.setattr(train_module, "Objective", Recorded)
+    monkeypatch.setattr(job_module, "Objective", Recorded)
     sheets: list[dict[str, Tensor]] = []
 
     def see(model: MaskedDiffusionAutoencoder, *arguments: Any) -> Any:
@@ -547,7 +548,7 @@ def test_each_average_and_the_weights_as_trained_are_saved(
         assert not model.training
         return what_it_sees(model, *arguments)
 
-    monkeypatch.setattr(train_module, "what_it_sees", see)
+    monkeypatch.setattr(job_module, "what_it_sees", see)
     out = tmp_path / "run"
     go(out, pictures, photo_recipe(epochs=2, ema_decays=decays))
     files = [WEIGHTS, *(f"ema-{decay:g}.safetensors" for decay in decays[1:])]
@@ -639,10 +640,10 @@ def test_a_run_starts_from_given_weights(tmp_path: Path, pictures: Path) -> None
     recipe = photo_recipe("umd", ema_decays=(0.5, 0.3))
     samples = Samples(open_source(str(pictures), 3), recipe.clip, 0, recipe.training)
     run = Run(data=str(pictures), out=tmp_path / "run")
-    drawn = Trainer(Pretraining(recipe, samples, run), samples, run).model.state_dict()
+    drawn = Trainer(PretrainingJob(recipe, samples, run), samples, run).model.state_dict()
     given = {name: torch.full_like(value, 0.01) for name, value in drawn.items() if name.startswith("encoder.blocks.1")}
     assert given
-    trainer = Trainer(Pretraining(recipe, samples, run, given), samples, run)
+    trainer = Trainer(PretrainingJob(recipe, samples, run, given), samples, run)
     for model in (trainer.model, trainer.in_use, *(average.module for average in trainer.averages)):
         for name, value in model.state_dict().items():  # type: ignore[union-attr]
             assert torch.equal(value, given.get(name, drawn[name])), name
@@ -656,12 +657,12 @@ def test_given_weights_are_where_a_run_starts_and_not_where_it_goes_on(
     drawn = MaskedDiffusionAutoencoder(recipe).state_dict()
     initial = {name: value for name, value in drawn.items() if name.startswith("encoder.")}
     monkeypatch.setattr(Recorded, "before", [], raising=False)
-    monkeypatch.setattr(train_module, "Objective", Recorded)
+    monkeypatch.setattr(job_module, "Objective", Recorded)
     go(tmp_path / "whole", pictures, recipe, initial=initial)
     assert all(torch.equal(value, Recorded.before[0][name]) for name, value in initial.items())
     at_step(monkeypatch, {3: terminate})
     assert go(tmp_path / "run", pictures, recipe, initial=initial)["step"] == 4
-    monkeypatch.setattr(train_module, "draw", draw)
+    monkeypatch.setattr(job_module, "draw", draw)
     assert go(tmp_path / "run", pictures, recipe, initial=initial)["resumed"]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     go(tmp_path / "other", pictures, recipe)
@@ -692,7 +693,7 @@ def watch_draws(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[],
                 dealt[epoch, indices[row]] = (branch.noise_on, label)
         return drawn
 
-    monkeypatch.setattr(train_module, "draw", record)
+    monkeypatch.setattr(job_module, "draw", record)
     return dealt
 
 
@@ -975,7 +976,7 @@ def test_problems_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.Mo
         at_step(monkeypatch, {n - 1: terminate})
         go(out, tmp_path / "data", recipe)
         before = read_problems(out)
-        monkeypatch.setattr(train_module, "draw", draw)
+        monkeypatch.setattr(job_module, "draw", draw)
         outcome = go(out, tmp_path / "data", recipe)
         found[n] = (list(before), list(read_problems(out)), outcome["skipped"])
     assert all(after == ["bad.png"] and skipped == 1 for _, after, skipped in found.values())
@@ -1181,8 +1182,8 @@ def test_a_loss_that_is_no_number_refuses(tmp_path: Path, pictures: Path, monkey
             loss, per_token = super().forward(*arguments)
             return loss * float("nan"), per_token
 
-    monkeypatch.setattr(train_module, "draw", draw)
-    monkeypatch.setattr(train_module, "Objective", Broken)
+    monkeypatch.setattr(job_module, "draw", draw)
+    monkeypatch.setattr(job_module, "Objective", Broken)
     with pytest.raises(ValueError, match=r"loss became nan at step 18"):
         go(out, pictures)
     assert (out / "state.pt").read_bytes() == saved

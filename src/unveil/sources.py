@@ -5,20 +5,16 @@ Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.da
 
 import difflib
 import glob
-import io
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
-from unveil import draws
 from unveil.config import nearest
-from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions, fill_channels, frames_first
+from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions
+from unveil.digits import Digits, MovingDigits
+from unveil.parquet import Parquet
 from unveil.tables import PATH, is_table, read_table
 
 BUILTINS = tuple(name + split for name in ("digits", "moving-digits") for split in ("", ":train", ":test"))
@@ -224,206 +220,6 @@ def _open_folder(data: str, root: Path, channels: int, height: int | None, width
         return Parquet(data, [root / path for path in shards], skipped + others, channels, height, width)
     found = f"{len(files)} files, none of which is a picture" if files else "no files"
     raise ValueError(f"{data!r} holds {found}. Name a folder with pictures (.png, .jpg, ...), or a .parquet file.")
-
-
-# Parquet
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """The label names that Hugging Face datasets writes into a parquet file's schema."""
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-        return tuple(str(name) for name in names)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-class Parquet:
-    """Rows of parquet files: `image`, encoded bytes or a struct of bytes and path, and perhaps an integer `label`.
-
-    The encoded bytes stay in memory; a row is decoded when it is read. A label that is null or negative is none.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        paths: Sequence[Path],
-        skipped: list[Skipped],
-        channels: int,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> None:
-        if channels not in (1, 3, 4):
-            raise ValueError(
-                f"{name!r} holds encoded pictures, which cannot fill {channels} channels. Use 1, 3 or 4, or .npy."
-            )
-        self.name = name
-        self.skipped = skipped
-        self.channels, self.height, self.width = channels, height, width
-        self._images: list[Any] = []  # one chunked array of bytes for each file
-        self._starts = [0]
-        self._names = [path.name for path in paths]
-        self._labels: list[int] | None = []
-        names = None
-        for path in paths:
-            images, labels, metadata = self._open(path)
-            self._images.append(images)
-            self._starts.append(self._starts[-1] + len(images))
-            if labels is None or self._labels is None:
-                self._labels = None
-            else:
-                self._labels += [-1 if label is None or label < 0 else label for label in labels]
-            names = names or _class_names(metadata)
-        if not len(self):
-            raise ValueError(f"{name!r} has no rows. Name a parquet file that has some.")
-        self.classes: tuple[str, ...] | None = None
-        if self._labels and max(self._labels) >= 0:
-            highest = max(self._labels)
-            if highest >= 1_000_000:
-                raise ValueError(f"{name!r} has a label {highest}; labels number the classes from 0. Number them anew.")
-            self.classes = names or tuple(str(label) for label in range(highest + 1))
-            if highest >= len(self.classes):
-                raise ValueError(
-                    f"{name!r} has a label {highest} but its schema names {len(self.classes)} classes. Write it anew."
-                )
-
-    @staticmethod
-    def _open(path: Path) -> tuple[Any, list[int | None] | None, dict[bytes, bytes] | None]:
-        try:
-            import pyarrow as pa
-            import pyarrow.compute as pc
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ValueError(
-                f"{path.name} is a parquet file, which needs pyarrow. Install it: pip install pyarrow"
-            ) from error
-        try:
-            schema = pq.read_schema(path)
-            columns = [name for name in ("image", "label") if name in schema.names]
-            table = pq.ParquetFile(path).read(columns=columns) if columns else None
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as parquet ({error}). Write or download it again.") from error
-        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        if table is None or "image" not in columns:
-            raise ValueError(
-                f"{path} has no column 'image', only {found or 'no columns'}. Rename the one with pictures."
-            )
-        images = table.column("image")
-        if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-            images = pc.call_function(
-                "struct_field", [images], pc.StructFieldOptions([images.type.get_field_index("bytes")])
-            )
-        if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-            raise ValueError(
-                f"{path} has an 'image' of type {images.type}. It must be binary, or a struct with 'bytes'."
-            )
-        labels = None
-        if "label" in columns:
-            if not pa.types.is_integer(table.column("label").type):
-                raise ValueError(f"{path} has a 'label' that is not an integer (columns: {found}). Number the classes.")
-            labels = table.column("label").to_pylist()
-        return images, labels, schema.metadata
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def _file(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def read(self, index: int) -> Picture:
-        file = self._file(index)
-        encoded = self._images[file][index - self._starts[file]].as_py()
-        if not encoded:
-            raise BadPicture(self.where(index), "no bytes in this row (0 bytes, or a path only)")
-        return decode(io.BytesIO(encoded), self.where(index), self.channels, self.height, self.width)
-
-    def label(self, index: int) -> int | None:
-        return self._labels[index] if self._labels and self._labels[index] >= 0 else None
-
-    def where(self, index: int) -> str:
-        file = self._file(index)
-        row = f"row {index - self._starts[file]}"
-        return row if len(self._names) == 1 else f"{self._names[file]} {row}"
-
-
-# Digits, which come with scikit-learn
-
-
-def _load_digits(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits, (N, 8, 8) uint8, and their labels (N,); the split is 80/20, stratified, and fixed."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ValueError(f"{name!r} comes with scikit-learn. Install it: pip install scikit-learn") from error
-    flat, labels = load_digits(return_X_y=True)
-    images = np.round(np.asarray(flat).reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
-    labels = np.asarray(labels)
-    if split == "all":
-        return images, labels
-    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=labels)
-    rows = np.sort(train if split == "train" else test)
-    return images[rows], labels[rows]
-
-
-class Digits:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, 0 to 16 stretched to 0 to 255."""
-
-    def __init__(self, name: str, split: str, channels: int) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"{name!r} is grey, which cannot fill {channels} channels. Use channels=1 or 3.")
-        self.name = name
-        self.channels = channels
-        self.skipped: list[Skipped] = []
-        self.classes: tuple[str, ...] | None = tuple("0123456789")
-        self._images, self._labels = _load_digits(name, split)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> Picture:
-        return Picture(frames_first(fill_channels(self._images[index], self.channels)))
-
-    def label(self, index: int) -> int | None:
-        return int(self._labels[index])
-
-    def where(self, index: int) -> str:
-        return f"row {index}"
-
-
-class MovingDigits(Digits):
-    """Clips of one or two digits that move at constant speed and bounce off the walls; the first digit is the label.
-
-    One clip for each digit of the split, made when it is read, from its number alone. A digit is a third of the frame.
-    """
-
-    def __init__(self, name: str, split: str, channels: int, frames: int, height: int = 24, width: int = 24) -> None:
-        super().__init__(name, split, channels)
-        if min(height, width) < 10:
-            raise ValueError(f"{name!r} needs room to move, but was given {height}x{width} pixels. Use at least 10x10.")
-        self.split, self.frames, self.height, self.width = split, frames, height, width
-
-    def read(self, index: int) -> Picture:
-        generator = draws.generator(0, "moving-digits", self.split, index)
-
-        def draw(low: int, high: int) -> int:
-            return int(torch.randint(low, high + 1, (), generator=generator))
-
-        digits = [index] + [draw(0, len(self) - 1)] * draw(0, 1)
-        scale = max(1, min(self.height, self.width) // 24)
-        clip = np.zeros((self.frames, self.height, self.width), dtype=np.uint8)  # (T, H, W)
-        time = np.arange(self.frames)
-        for digit in digits:
-            image = self._images[digit].repeat(scale, axis=0).repeat(scale, axis=1)
-            corners = []
-            for side in (self.height, self.width):
-                room = side - len(image)
-                start, speed = draw(0, room), scale * draw(1, 2) * (2 * draw(0, 1) - 1)
-                corners.append(room - np.abs((start + speed * time) % (2 * room) - room))  # there and back again
-            for frame, top, left in zip(clip, *corners, strict=True):
-                part = frame[top : top + len(image), left : left + len(image)]
-                np.maximum(part, image, out=part)
-        return Picture(torch.from_numpy(clip)[:, None].repeat(1, self.channels, 1, 1))
 
 
 # Opening

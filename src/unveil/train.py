@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,17 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unveil import __version__
-from unveil.checkpoint import BEST, LAST, WEIGHTS, About, save_weights, write_atomically
+from unveil.checkpoint import BEST, LAST, WEIGHTS, About, write_atomically
 from unveil.config import Training
 from unveil.data import Batch, Order, Samples, batches
-from unveil.losses import Draws, Objective, draw
-from unveil.masking import draw_mask
-from unveil.model import MaskedDiffusionAutoencoder
-from unveil.optim import lr_factor, optimizer_for, running_average
+from unveil.optim import running_average
+from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
 from unveil.report import save_png
 from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, Run, check_same_run, interruptible, last_loss, lock
-from unveil.sheet import what_it_sees
 
 SHEET_SAMPLES = 8
 
@@ -84,76 +81,6 @@ class Job(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Numbers of the model in use, "score" among them, which is the better the higher."""
         ...
-
-
-class Pretraining:
-    """The job of a recipe: its branches and their losses.
-
-    Args:
-        initial: tensors to start from in place of the drawn ones, by name; not all need be given.
-    """
-
-    def __init__(self, recipe: Recipe, samples: Samples, run: Run, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.recipe, self.seed, self.training = recipe, run.seed, recipe.training
-        self._check_branches(min(recipe.training.batch_size, len(samples)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            self.model = MaskedDiffusionAutoencoder(recipe)
-        if initial is not None:
-            self.model.load_state_dict({**self.model.state_dict(), **initial})
-        self.model.to(run.device)
-        self.objective = Objective(self.model)
-        self.optimizer = optimizer_for(self.model, recipe.training)
-
-    def _check_branches(self, batch_size: int) -> None:
-        """Refuse a mask that rounds to nothing or everything, and a batch too small to give every branch a clip."""
-        for branch in self.recipe.branches:
-            clip = self.recipe.clip
-            mask = draw_mask(branch.masking, [torch.Generator()], clip.grid, branch.mask_ratio)
-            hidden, total = mask.hidden.shape[1], clip.num_tokens
-            if (hidden == 0) != (branch.mask_ratio == 0) or (hidden == total) != (branch.mask_ratio == 1):
-                raise ValueError(
-                    f"mask_ratio={branch.mask_ratio:g} of {total} tokens hides {hidden}. Use another ratio, or smaller "
-                    "patches."
-                )
-            if branch.share * batch_size < 1:
-                needed = math.ceil(1 / branch.share)
-                raise ValueError(
-                    f"A batch of {batch_size} leaves the branch of share={branch.share:g} with noise on {branch.noise_on} "
-                    f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
-                )
-
-    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Draws]:
-        assert batch.clips is not None
-        drawn = draw(
-            self.recipe,
-            self.model.schedule,
-            self.seed,
-            epoch,
-            batch.indices.tolist(),
-            places=places,
-            labels=batch.labels,
-        )
-        return batch.clips, drawn
-
-    def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
-        return self.training.lr * lr_factor(step, num_steps, warmup_steps, self.training.lr_schedule)
-
-    def randomness(self, step: int, piece: int) -> AbstractContextManager[Any]:
-        return nullcontext()  # everything is drawn in `inputs`
-
-    def save(self, path: Path, weights: dict[str, Tensor], about: About) -> None:
-        save_weights(path, self.recipe, weights, about)
-
-    def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
-        assert isinstance(model, MaskedDiffusionAutoencoder)
-        return what_it_sees(model, clips)
-
-    def evaluates(self, epoch: int) -> bool:
-        return False
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        raise AssertionError("nothing is evaluated in pre-training")
 
 
 class Trainer:
@@ -322,7 +249,7 @@ def train(
     Raises:
         ValueError: the directory holds another run or is in use, no sample is readable, or the loss is no number.
     """
-    return run_job(lambda: Pretraining(recipe, samples, run, initial), to_dict(recipe), samples, run, on_progress)
+    return run_job(lambda: PretrainingJob(recipe, samples, run, initial), to_dict(recipe), samples, run, on_progress)
 
 
 def run_job(
