@@ -19,7 +19,7 @@ import torch
 from small import build, clips_for, shipped, small
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTModel
+from transformers import AutoImageProcessor, ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 from unveil import recipes, sizes
 from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
@@ -305,6 +305,24 @@ def test_timm_tells_what_a_fine_tuned_network_tells(tmp_path: Path, task: str, p
     assert any("cat, dog, owl" in notice for notice in result["notices"])
 
 
+@pytest.mark.parametrize("task", ["single", "multi", "regression"])
+@torch.no_grad()
+def test_hugging_face_tells_what_a_fine_tuned_network_tells(tmp_path: Path, task: str) -> None:
+    ours = tuned(tmp_path, task, "class")
+    result = export(Export(run=tmp_path, to="hf", out=tmp_path / "hf"))
+    assert result["load"] == f"transformers.ViTForImageClassification.from_pretrained({str(tmp_path / 'hf')!r})"
+    theirs = ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    x = clips_for(ours.recipe, 3)
+    output = theirs(pixel_values=normalised(x, result["mean"], result["std"])).logits
+    expected = ours.predict(x)
+    told = {"single": output.softmax(1), "multi": output.sigmoid(), "regression": output}[task]
+    assert_close(told, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std(0).max() > 1e-3
+    back = convert(Convert(source=tmp_path / "hf", out=tmp_path / "back.safetensors"))
+    assert {"classifier.weight", "classifier.bias"} <= back["left"].keys()
+
+
 @torch.no_grad()
 def test_a_fine_tuned_networks_graph_tells_the_same_before_it_is_one(tmp_path: Path) -> None:
     for name in ("mae", "umd", "dit"):
@@ -334,7 +352,7 @@ def test_a_fine_tuned_network_refuses_another_head(tmp_path: Path) -> None:
     tuned(tmp_path)
     with pytest.raises(ValueError, match="is fine-tuned and brings its own head"):
         export(Export(run=tmp_path, to="timm", out=tmp_path / "x.pth", head_classes=5))
-    with pytest.raises(ValueError, match="Hugging Face's ViT for classification has another head"):
+    with pytest.raises(ValueError, match="reads the class token, and this network the mean of its patches"):
         export(Export(run=tmp_path, to="hf", out=tmp_path / "x"))
     assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS}
 

@@ -75,16 +75,21 @@ def _table(positions: Tensor, num_class_tokens: int) -> Tensor:
     return torch.cat([positions.new_zeros(num_class_tokens, positions.shape[1]), positions])[None]
 
 
-def _timm_head(model: Recognizer) -> tuple[dict[str, Tensor], str]:
-    """Norm and head of a fine-tuned network under timm's names, and timm's pool; numbers come out in their own units."""
+def _head(model: Recognizer) -> dict[str, Tensor]:
+    """Weight and bias of a fine-tuned network's last Linear, for numbers in their own units."""
     told = model.recognition
     scale = model.scale if told.scale else torch.ones(len(told.outputs))
     offset = model.offset if told.offset else torch.zeros(len(told.outputs))
-    norm = "fc_norm" if told.pool == "mean" else "norm"
+    return {"weight": model.head.weight * scale[:, None], "bias": model.head.bias * scale + offset}
+
+
+def _timm_head(model: Recognizer) -> tuple[dict[str, Tensor], str]:
+    """Norm and head of a fine-tuned network under timm's names, and timm's pool."""
+    mean = model.recognition.pool == "mean"
+    norm = "fc_norm" if mean else "norm"
     state = {f"{norm}.{name}": value for name, value in model.fc_norm.state_dict().items()}
-    state["head.weight"] = model.head.weight * scale[:, None]
-    state["head.bias"] = model.head.bias * scale + offset
-    return state, "avg" if told.pool == "mean" else "token"
+    state |= {f"head.{name}": value for name, value in _head(model).items()}
+    return state, "avg" if mean else "token"
 
 
 def to_timm(model: AnyModel | Recognizer, head_classes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -160,24 +165,42 @@ def _hf_blocks(state: dict[str, Tensor], ours: str, theirs: str, depth: int) -> 
     return renamed
 
 
-def is_whole_mae(model: AnyModel) -> bool:
+# What Hugging Face's ViT for classification is trained by, and so what its logits mean.
+HF_PROBLEMS = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+def is_whole_mae(model: AnyModel | Recognizer) -> bool:
     """Whether Hugging Face's ViTMAEForPreTraining is the same model, decoder and all."""
     recipe = model.recipe
     d = recipe.decoder
     masked_only = len(recipe.branches) == 1 and recipe.noise_on == "none" and recipe.heads == ("x0",)
+    if isinstance(model, Recognizer):
+        return False
     return not model.parts and d is not None and d.kind == "joint" and d.summary == "tokens" and masked_only
 
 
-def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, config.json and preprocessor_config.json of a ViTMAEForPreTraining for a whole MAE, and else of a ViTModel.
+def to_hf(model: AnyModel | Recognizer) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, config.json and preprocessor_config.json of a ViTMAEForPreTraining for a whole MAE, of a
+    ViTForImageClassification for a fine-tuned network, and else of a ViTModel.
 
     Raises:
-        ValueError: the encoder is no plain ViT.
+        ValueError: the encoder is no plain ViT, or its head reads the patches.
     """
     check_plain(model, "hf")
     recipe, state = model.recipe, model.state_dict()
     e, d, clip, whole = recipe.encoder, recipe.decoder, recipe.clip, is_whole_mae(model)
-    prefix = "vit." if whole else ""
+    tuned = isinstance(model, Recognizer)
+    if tuned and model.recognition.pool != "class":
+        raise ValueError(
+            "--to hf: Hugging Face's ViT for classification reads the class token, and this network the mean of its patches. "
+            "Use --to timm or --to onnx, or fine-tune with --pool class."
+        )
+    prefix = "vit." if whole or tuned else ""
+    norm = "fc_norm" if tuned else "encoder.norm"
     tensors = {
         f"{prefix}embeddings.cls_token": state["encoder.cls_token"],
         f"{prefix}embeddings.position_embeddings": _table(model.encoder.positions.table(), 1),
@@ -185,12 +208,12 @@ def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
             state["encoder.patch_embed.proj.weight"], model
         ),
         f"{prefix}embeddings.patch_embeddings.projection.bias": state["encoder.patch_embed.proj.bias"],
-        f"{prefix}layernorm.weight": state["encoder.norm.weight"],
-        f"{prefix}layernorm.bias": state["encoder.norm.bias"],
+        f"{prefix}layernorm.weight": state[f"{norm}.weight"],
+        f"{prefix}layernorm.bias": state[f"{norm}.bias"],
         **_hf_blocks(state, "encoder.blocks", f"{prefix}encoder.layer", e.depth),
     }
     config: dict[str, Any] = {
-        "architectures": ["ViTMAEForPreTraining" if whole else "ViTModel"],
+        "architectures": ["ViTMAEForPreTraining" if whole else "ViTForImageClassification" if tuned else "ViTModel"],
         "model_type": "vit_mae" if whole else "vit",
         "hidden_size": e.embed_dim,
         "num_hidden_layers": e.depth,
@@ -203,6 +226,14 @@ def to_hf(model: AnyModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         "num_channels": clip.channels,
         "qkv_bias": True,
     }
+    if tuned:
+        names = model.recognition.outputs
+        tensors |= {f"classifier.{name}": value for name, value in _head(model).items()}
+        config |= {
+            "problem_type": HF_PROBLEMS[model.recognition.task],
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
     if whole:
         assert isinstance(model, MaskedDiffusionAutoencoder) and d is not None and model.decoder is not None
         branch = recipe.branches[0]
@@ -341,7 +372,7 @@ def write_timm(path: Path, model: AnyModel | Recognizer, head_classes: int) -> d
     return config
 
 
-def write_hf(folder: Path, model: AnyModel) -> dict[str, Any]:
+def write_hf(folder: Path, model: AnyModel | Recognizer) -> dict[str, Any]:
     """A folder for from_pretrained, which appears whole or not at all; returns its config.json."""
     tensors, config, preprocessor = to_hf(model)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -80,16 +80,10 @@ def export(options: Export) -> dict[str, Any]:
             notices.append(f"Its head tells {', '.join(model.recognition.outputs[:10])}; the .json has all names.")
         elif config["num_classes"]:
             notices.append(f"Its head of {config['num_classes']} classes is zeros: use forward_features.")
-    elif options.to == "hf" and isinstance(model, Recognizer):
-        raise ValueError(
-            "--to hf: Hugging Face's ViT for classification has another head. Use --to timm or --to onnx for a fine-tuned "
-            "network."
-        )
     elif options.to == "hf":
-        assert not isinstance(model, Recognizer)
         config = write_hf(options.out, model)
         (name,) = config["architectures"]
-        pooler = "" if name == "ViTMAEForPreTraining" else ", add_pooling_layer=False"
+        pooler = ", add_pooling_layer=False" if name == "ViTModel" else ""
         load = f"transformers.{name}.from_pretrained({str(options.out)!r}{pooler})"
     else:
         write_onnx(options.out, model)
