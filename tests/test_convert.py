@@ -631,7 +631,7 @@ def test_convert_writes_a_model(tmp_path: Path, kind: Any, suffix: str) -> None:
         "left": report.left,
         "notices": result["notices"],
     }
-    assert len(result["notices"]) == (kind == "dit")  # on latents
+    assert len(result["notices"]) == 2 * (kind == "dit")  # of the comparison, and of latents
     named = tmp_path / "named.safetensors"
     assert convert(Convert(source=source, out=named, num_heads=num_heads, kind=kind))["used"] == result["used"]
 

@@ -494,10 +494,10 @@ def test_the_comparison_sees_a_changed_weight(tmp_path: Path) -> None:
     recipe, state, report, _ = from_vit(tensors, kind="vit", given=Told(num_heads=4))
     model = model_of(recipe, report.parts).eval()
     model.load_state_dict(state)
-    assert largest_difference(model, tensors, {})[0] < 1e-5
+    assert largest_difference("mae", model, tensors, {})[0] < 1e-5
     with torch.no_grad():
         model.encoder.blocks[1].attn.qkv.bias[3] += 0.1  # type: ignore[union-attr,index,operator]
-    assert largest_difference(model, tensors, {})[0] > 1e-4
+    assert largest_difference("mae", model, tensors, {})[0] > 1e-4
 
 
 def test_convert_and_info_speak_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -528,9 +528,9 @@ def test_convert_refuses_folders_that_are_no_models(tmp_path: Path) -> None:
     refused(tmp_path, "config.json is no JSON object", source=folder)
 
 
-@pytest.mark.parametrize("option", ["decoder_heads", "patch_norm", "mean", "std", "check"])
+@pytest.mark.parametrize("option", ["decoder_heads", "patch_norm", "mean", "std"])
 def test_options_of_a_vit_refuse_others(tmp_path: Path, option: str) -> None:
     file = tmp_path / "dit.safetensors"
     safetensors.torch.save_file({"x_embedder.proj.weight": torch.zeros(4, 4, 2, 2)}, file)
-    value = {"decoder_heads": 2, "patch_norm": True, "check": True}.get(option, (0.5,))
+    value = {"decoder_heads": 2, "patch_norm": True}.get(option, (0.5,))
     refused(tmp_path, f"--{option.replace('_', '-')} has no part in converting DiT", source=file, **{option: value})

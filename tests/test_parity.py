@@ -20,6 +20,7 @@ from unveil.losses import BranchDraws, Draws, Objective
 from unveil.masking import Mask, gather, mask_from_scores
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
+from unveil.reference import largest_difference
 from unveil.sampling import ddim, ddpm, standard_normal
 from unveil.schedule import DiscreteSchedule, add_noise, posterior, x0_from_eps
 from unveil.tokens import patchify, unpatchify
@@ -482,3 +483,14 @@ def test_patch_values_are_row_column_channel() -> None:
     image = torch.randn(2, 3, 16, 24, generator=generator(1))
     expected = torch.nn.functional.conv2d(image, weight, stride=8).flatten(2).transpose(1, 2)
     assert_close(patchify(image[:, :, None], 8) @ as_linear(weight).T, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dit_is_diffusers_dit() -> None:
+    """By `unveil convert`'s own comparison: the code that published DiTs are run by today, and other heads are noticed."""
+    tensors = {k.removeprefix("param/"): v for k, v in reference("dit").items() if k.startswith("param/")}
+    with torch.no_grad():
+        assert largest_difference("dit", published_dit(), tensors, {})[0] < 1e-5
+        recipe, state, _ = from_dit(tensors, num_heads=2)
+        other = filled(recipe, state)
+        other.recipe = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, num_heads=4))
+        assert largest_difference("dit", other, tensors, {})[0] > 1e-3

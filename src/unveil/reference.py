@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unveil.foreign import is_hugging_face
+from unveil.foreign import Kind, is_hugging_face
 from unveil.masking import Mask, gather
-from unveil.model import AnyModel
+from unveil.model import AnyModel, MaskedDiffusionAutoencoder
+from unveil.tokens import patchify, unpatchify
 
 NUM_PICTURES = 2
 DECODER = re.compile(r"decoder_|mask_token|head\.")
 
 
-def library_of(tensors: Mapping[str, Tensor]) -> str:
-    """Whose code the names of an image model's or VideoMAE's tensors belong to: "transformers" or "timm"."""
+def library_of(kind: Kind, tensors: Mapping[str, Tensor]) -> str | None:
+    """Which library runs these tensors: "transformers", "timm", "diffusers" (DiT), or none that is known."""
+    if kind in ("umd", "mae_st"):
+        return None
+    if kind == "dit":
+        return "diffusers"
     return "transformers" if is_hugging_face(tensors) else "timm"
 
 
@@ -137,12 +142,84 @@ def _videomae_tokens(model: AnyModel, tensors: Mapping[str, Tensor], config: Map
     return tokens
 
 
+# diffusers' names of DiT's blocks, and DiT's own.
+DIFFUSERS_BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
+def _dit_difference(model: AnyModel, tensors: Mapping[str, Tensor]) -> float:
+    """Of the predictions for noisy clips at three times, with a class and without."""
+    from diffusers import DiTTransformer2DModel  # type: ignore[attr-defined]
+
+    assert isinstance(model, MaskedDiffusionAutoencoder)
+    recipe = model.recipe
+    clip, e, num_classes = recipe.clip, recipe.encoder, recipe.condition.num_classes
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=e.num_heads,
+        attention_head_dim=e.embed_dim // e.num_heads,
+        in_channels=clip.channels,
+        out_channels=clip.channels * len(recipe.heads),
+        num_layers=e.depth,
+        sample_size=clip.height,
+        patch_size=clip.patch_size,
+        num_embeds_ada_norm=num_classes,
+        norm_eps=recipe.network.norm_eps,
+    )
+    state: dict[str, Tensor] = {}
+
+    def take(ours: str, name: str, wanted: slice = slice(None)) -> None:
+        for kind in ("weight", "bias"):
+            state[f"{ours}.{kind}"] = tensors[f"{name}.{kind}"][wanted].float()
+
+    D = e.embed_dim
+    take("pos_embed.proj", "x_embedder.proj")
+    take("proj_out_1", "final_layer.adaLN_modulation.1")
+    take("proj_out_2", "final_layer.linear")
+    for i in range(e.depth):
+        block = f"transformer_blocks.{i}"
+        for name, original in DIFFUSERS_BLOCK.items():
+            take(f"{block}.{name}", f"blocks.{i}.{original}")
+        for j, name in enumerate("qkv"):
+            take(f"{block}.attn1.to_{name}", f"blocks.{i}.attn.qkv", slice(j * D, (j + 1) * D))
+        for j, name in ((0, "linear_1"), (2, "linear_2")):
+            take(f"{block}.norm1.emb.timestep_embedder.{name}", f"t_embedder.mlp.{j}")
+        table = tensors["y_embedder.embedding_table.weight"].float()
+        state[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = table
+    theirs.load_state_dict(state, strict=False)  # its fixed positions are no tensor of the file
+    places = state.keys() ^ {name for name, _ in theirs.named_parameters()}
+    if places:
+        raise ValueError(f"diffusers' DiT has another place for {sorted(places)[0]!r}")
+    theirs.eval()
+    for block in theirs.transformer_blocks:
+        # theirs end the frequencies of time at 1/10000 exactly, the original's one step before it
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # type: ignore[union-attr]
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, clip.channels, clip.height, clip.width, generator=generator)
+    k, labels = torch.tensor([0, 10, 999]), torch.tensor([0, num_classes - 1, num_classes])
+    expected = theirs(x, timestep=k, class_labels=labels).sample[:, :, None]
+    places_of_all = torch.arange(clip.num_tokens).expand(len(x), -1)
+    everything = Mask(places_of_all, places_of_all[:, :0])
+    # they count noisy times from 0
+    predictions = model(patchify(x[:, :, None], clip.patch_size), everything, None, k + 1, labels, on=("visible",))[
+        "visible"
+    ]
+    ours = [unpatchify(predictions[name], clip.grid, clip.patch_size) for name in recipe.heads]
+    return _largest(expected, torch.cat(ours, dim=1))
+
+
 def _largest(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).abs().max())
 
 
 @torch.no_grad()
-def largest_difference(model: AnyModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[float, str]:
+def largest_difference(
+    kind: Kind, model: AnyModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[float, str]:
     """How far ours is from the original's own library on random pictures, and what was compared.
 
     Args:
@@ -150,17 +227,20 @@ def largest_difference(model: AnyModel, tensors: Mapping[str, Tensor], config: M
         tensors: as the file holds them. config: the file's config.json, or {}.
 
     Returns:
-        The largest absolute difference; and "tokens" of the encoder, or "predictions" of a whole Hugging Face MAE.
+        The largest absolute difference; and "tokens" of the encoder, or "predictions" of a DiT or a whole Hugging Face MAE.
     """
+    if kind == "dit":
+        with torch.random.fork_rng(devices=[]):
+            return _dit_difference(model, tensors), "predictions"
     clip = model.recipe.clip
     shape = (NUM_PICTURES, clip.channels, clip.frames, clip.height, clip.width)
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     x = (pictures - model.mean) / model.std
-    if model.recipe.name == "videomae":
+    if kind == "videomae":
         return _largest(_videomae_tokens(model, tensors, config, x), model.encode(pictures)), "tokens"
     x = x[:, :, 0]
     with torch.random.fork_rng(devices=[]):
-        if library_of(tensors) == "transformers":
+        if library_of(kind, tensors) == "transformers":
             what = "tokens" if model.parts else "predictions"
             return _hf_difference(model, tensors, config, pictures, x), what
         return _largest(_timm_tokens(model, tensors, config, x), model.encode(pictures)), "tokens"

@@ -58,8 +58,8 @@ class Convert:
     std: tuple[float, ...] | None = None
     """The same for the standard deviation."""
     check: bool | None = None
-    """Run a MAE, VideoMAE or ViT beside its own library (timm, transformers) on random pictures, and fail if they differ by
-    more than 1e-4. Default: if that library is installed."""
+    """Run it beside a library that has it too (timm, transformers, for a DiT diffusers) on random pictures, and fail if they
+    differ by more than 1e-4. Default: if that library is installed."""
 
 
 def _read(path: Path) -> Any:
@@ -144,7 +144,7 @@ def _check_options(options: Convert, kind: Kind) -> None:
         )
     refused = {
         "umd": ("decoder_heads", "patch_norm", "mean", "std", "check"),
-        "dit": ("decoder_heads", "patch_norm", "mean", "std", "check"),
+        "dit": ("decoder_heads", "patch_norm", "mean", "std"),
         "mae_st": ("check",),
         "videomae": ("decoder_heads", "patch_norm"),
     }
@@ -153,10 +153,12 @@ def _check_options(options: Convert, kind: Kind) -> None:
             raise ValueError(f"--{name.replace('_', '-')} has no part in converting {NAMES[kind]}. Leave it out.")
 
 
-def _check_against(library: str, model: AnyModel, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+def _check_against(
+    library: str, kind: Kind, model: AnyModel, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> str:
     """What to say of the comparison with the original's own library."""
     try:
-        difference, what = largest_difference(model, tensors, config)
+        difference, what = largest_difference(kind, model, tensors, config)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{library} cannot build what config.json describes from these tensors ({str(error).splitlines()[0]}), so nothing "
@@ -205,10 +207,10 @@ def convert(options: Convert) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         model = model_of(recipe, report.parts)
     model.load_state_dict(state)  # every tensor of the model is filled, or this raises
-    if kind in ("mae", "vit", "videomae") and options.check is not False:
-        library = library_of(tensors)
+    library = library_of(kind, tensors)
+    if library is not None and options.check is not False:
         if is_installed(library):
-            notices.append(_check_against(library, model.eval(), tensors, config))
+            notices.append(_check_against(library, kind, model.eval(), tensors, config))
         elif options.check:
             raise ValueError(
                 f"--check needs {library}, which is not installed. Run pip install {library}, or leave it out."
