@@ -71,7 +71,7 @@ FLOORS = {
     "spread": 6,
     "start": 6,
     "hub": 4,
-    "pretrained": 6,
+    "pretrained": 7,
     "api": 11,
     "planning": 7,
     "recognizer": 6,

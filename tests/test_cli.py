@@ -518,7 +518,7 @@ NEW = "{tmp}/new"
         (f"pretrain --data digits --out {NEW} --ema-decays 0.9 -0.1", [r"ema_decays=\(0\.9, -0\.1\)"]),
         (f"pretrain --data digits --out {NEW} --channels 4", ["grey, which cannot fill 4 channels"]),
         (f"pretrain --data digits --out {NEW} --channels 0", ["channels=0"]),
-        (f"pretrain --data digits --out {NEW} --frames 4", ["pictures, not clips of 4 frames"]),
+        (f"pretrain --data digits --out {NEW} --frames 4", ["given to a model of clips of 4 frames"]),
         (f"pretrain --data moving-digits --out {NEW} --frames 3", ["frames=3", "tubelet_size=2"]),
         (f"pretrain --data digits --out {NEW} --workers 9999", ["9999 workers for 1797 samples", "--workers 1797"]),
         (f"pretrain --data digits --out {NEW} --workers -1", ["num_workers=-1"]),

@@ -549,7 +549,7 @@ DIT_REFUSALS: dict[str, tuple[Callable[[Tree], Tree], dict[str, Any], str]] = {
     "heads that do not divide": (lambda tree: tree, {"num_heads": 5}, r"num_heads=5 does not divide"),
     "no heads": (lambda tree: tree, {"num_heads": 0}, r"num_heads=0"),
     "a parameter is missing": (without("blocks.1.mlp.fc1.bias"), {}, r"lacks 'blocks.1.mlp.fc1.bias', which DiT's"),
-    "a size is missing": (without("pos_embed"), {}, r"has no 'pos_embed', so it holds no DiT"),
+    "a size is missing": (without("pos_embed"), {}, r"has no 'pos_embed', so it is not of DiT"),
     "a tensor that we do not have": (
         lambda tree: {**tree, "blocks.0.norm1.weight": torch.ones(32)},
         {},
@@ -706,8 +706,8 @@ def test_convert_refuses_what_does_not_fit(tmp_path: Path) -> None:
     damaged = written(tmp_path / "damaged.npz", without("final_conv/bias")(umd_tree(UmdSize())))
     refused(tmp_path, r"Give --num-heads", source=dit)
     refused(tmp_path, r"--num-heads is for a DiT", source=umd, num_heads=4)
-    refused(tmp_path, r"has no 'embedding/kernel', so it holds no UMD", source=dit, kind="umd")
-    refused(tmp_path, r"has no 'x_embedder.proj.weight', so it holds no DiT", source=umd, kind="dit", num_heads=4)
+    refused(tmp_path, r"has no 'embedding/kernel', so it is not of UMD", source=dit, kind="umd")
+    refused(tmp_path, r"has no 'x_embedder.proj.weight', so it is not of DiT", source=umd, kind="dit", num_heads=4)
     refused(tmp_path, r"neither UMD's", source=unknown)
     refused(tmp_path, r"lacks 'final_conv/bias'", source=damaged)
 

@@ -210,7 +210,7 @@ def test_videomaes_encoder(tmp_path: Path, build: Any, fields: dict[str, Any]) -
 
 def test_a_videomae_that_was_fine_tuned_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "hf", videomae(VideoMAEForVideoClassification, use_mean_pooling=True))
-    with pytest.raises(ValueError, match=r"no last norm .* Give a pre-trained one"):
+    with pytest.raises(ValueError, match=r"no last norm .* Give one with use_mean_pooling=False"):
         convert(Convert(source=folder, out=tmp_path / "out.safetensors"))
 
 

@@ -282,7 +282,7 @@ def test_timms_vit(tmp_path: Path, fields: dict[str, Any]) -> None:
     channels = fields.get("in_chans", 3)
     assert (model.recipe.name, model.recipe.encoder.num_class_tokens) == ("vit", int(fields.get("class_token", True)))
     assert result["left"].keys() == {"head.weight", "head.bias"}
-    assert "as timm's plain ViTs have them" in result["notices"][0]
+    assert "as timm's and Hugging Face's plain ViTs have them" in result["notices"][0]
     x = pictures(channels=channels)
     expected = theirs.forward_features(normalised(x, (0.5,) * channels, (0.5,) * channels))
     assert_close(model.encode(x), expected, rtol=1e-5, atol=1e-5)

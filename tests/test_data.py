@@ -387,7 +387,9 @@ def test_a_missing_path_refuses(tmp_path: Path) -> None:
 def test_clips_refuse_pictures(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(colours()))
     for data in (str(tmp_path), "digits"):
-        with pytest.raises(ValueError, match=r"pictures, not clips of 4 frames. Use moving-digits, or frames=1"):
+        with pytest.raises(
+            ValueError, match=r"given to a model of clips of 4 frames, and clips can be read of moving-digits alone"
+        ):
             open_source(data, 1, frames=4)
 
 

@@ -298,7 +298,7 @@ def test_timm_tells_what_a_fine_tuned_network_tells(tmp_path: Path, task: str, p
     assert beside["outputs"] == ["cat", "dog", "owl"]
     x = clips_for(ours.recipe, 3)
     output = theirs(normalised(x, beside["pretrained_cfg"]["mean"], beside["pretrained_cfg"]["std"]))
-    expected = ours.predict(x)
+    expected = ours.predict(x).float()
     told = {"single": output.softmax(1), "multi": output.sigmoid(), "regression": output}[task]
     assert_close(told, expected, rtol=1e-5, atol=1e-5)
     assert expected.std(0).max() > 1e-3
@@ -315,7 +315,7 @@ def test_hugging_face_tells_what_a_fine_tuned_network_tells(tmp_path: Path, task
     assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
     x = clips_for(ours.recipe, 3)
     output = theirs(pixel_values=normalised(x, result["mean"], result["std"])).logits
-    expected = ours.predict(x)
+    expected = ours.predict(x).float()
     told = {"single": output.softmax(1), "multi": output.sigmoid(), "regression": output}[task]
     assert_close(told, expected, rtol=1e-5, atol=1e-5)
     assert expected.std(0).max() > 1e-3
@@ -344,7 +344,7 @@ def test_onnxruntime_tells_what_a_fine_tuned_network_tells(tmp_path: Path) -> No
     assert json.loads(session.get_modelmeta().custom_metadata_map["outputs"]) == ["cat", "dog", "owl"]
     x = clips_for(ours.recipe, 4)
     told, pooled = session.run(["told", "pooled"], {"pixels": x[:, :, 0].numpy()})
-    assert_close(torch.from_numpy(told), ours.predict(x), rtol=1e-4, atol=1e-4)
+    assert_close(torch.from_numpy(told), ours.predict(x).float(), rtol=1e-4, atol=1e-4)
     assert_close(torch.from_numpy(pooled), ours.pooled(x), rtol=1e-4, atol=1e-4)
 
 

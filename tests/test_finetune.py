@@ -473,8 +473,8 @@ def test_a_table_refuses(listed: Path, old: str, new: str, message: str) -> None
             "regression",
             ("value",),
             "1.5",
-            "1e39",
-            "has '1e39' in the column 'value', row 4, which is no number of float32",
+            "1e101",
+            "has '1e101' in the column 'value', row 4, which is no number",
         ),
         ("single", ("marks",), "", "", "--label-columns marks with --task single"),
     ],
@@ -866,7 +866,11 @@ def test_the_commands_tell(tmp_path: Path, run: Path, unveil: Any) -> None:
     assert code == 0
     assert "Started from diffmae Nano/2: " in out
     assert "Training on 290 samples, testing on 70." in out
-    assert re.search(r"^Test data, last epoch: [\d.]+ % right, [\d.]+ % as the mean over classes\.$", out, re.M)
+    assert re.search(
+        r"^Test data, last epoch: [\d.]+ % right, [\d.]+ % as the mean over classes\. Always the most common answer gets",
+        out,
+        re.M,
+    )
     assert "report.html" in out
     assert "1 steps are few to learn by. Give more --epochs, or a smaller --batch-size.\n" in out
     code, out, _ = unveil(f"info --run {tmp_path}/out")
@@ -876,7 +880,7 @@ def test_the_commands_tell(tmp_path: Path, run: Path, unveil: Any) -> None:
     code, out, _ = unveil(f"predict --run {tmp_path}/out --data digits:test --out {tmp_path}/told.csv --device cpu")
     assert code == 0
     assert f"Wrote 360 rows to {tmp_path}/told.csv." in out
-    for command in ("probe --data digits:test", "inpaint --images digits:test --out x", "generate --out x"):
+    for command in ("inpaint --images digits:test --out x", "generate --out x"):
         code, _, err = unveil(f"{command} --run {tmp_path}/out")
         assert code == 2
         assert "holds a network fine-tuned for 10 outputs" in err

@@ -375,7 +375,7 @@ def test_the_command_tells_what_is_new(tmp_path: Path, capsys: pytest.CaptureFix
         ("--run {tmp}/nowhere --data digits:test", ["nowhere does not exist"]),
         ("--run {rgb} --data {tmp}/flat", ["flat has no labels", "a folder for each class"]),
         ("--run {umd} --data digit:test", ["There is no data at 'digit:test'"]),
-        ("--run {video} --data digits:test", ["pictures, not clips of 4 frames"]),
+        ("--run {video} --data digits:test", ["given to a model of clips of 4 frames"]),
         ("--run {umd} --data digits:test --clean-share 1", ["--clean-share 1: it is a share", "below 1"]),
         ("--run {umd} --data digits:test --clean-share -0.5", ["--clean-share -0.5"]),
         (

@@ -1,5 +1,6 @@
 """The commands as functions with the same words: `unveil pretrain --data photos/` is unveil.pretrain(data="photos/", ...)."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,16 @@ def embed(*, on_progress: Callable[[int, int], None] | None = None, **options: A
 def predict(*, on_progress: Callable[[int, int], None] | None = None, **options: Any) -> dict[str, Any]:
     """`unveil predict`; options as there, see `unveil.tasks.predict.Predict`."""
     return run_predict(Predict(**_paths(options)), on_progress)
+
+
+for _function, _options in (
+    (pretrain, Pretrain),
+    (finetune, Finetune),
+    (probe, Probe),
+    (embed, Embed),
+    (predict, Predict),
+):
+    # what help() and notebooks show: the options with their types and defaults
+    _shown = inspect.signature(_options).parameters.values()
+    _last = inspect.signature(_function).parameters["on_progress"]
+    _function.__signature__ = inspect.Signature([*_shown, _last])  # type: ignore[attr-defined]

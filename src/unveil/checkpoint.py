@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unveil import __version__
 from unveil.finetuning import Recognition
@@ -115,9 +115,12 @@ def read_recognition(path: str | Path) -> Recognition | None:
     try:
         with safetensors.safe_open(find_weights(path), framework="pt") as file:
             written = (file.metadata() or {}).get("recognition")
-        return None if written is None else section_from_dict(Recognition, json.loads(written))
     except (safetensors.SafetensorError, OSError):
         return None  # `read_header` says what is wrong with it
+    try:
+        return None if written is None else section_from_dict(Recognition, json.loads(written))
+    except ValueError as error:
+        raise ValueError(f"{path} has a header that this version ({__version__}) cannot read: {error}") from None
 
 
 def read_header(path: str | Path) -> tuple[Recipe, About, dict[str, tuple[int, ...]]]:
@@ -199,6 +202,22 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Ma
     return model, about
 
 
+def fill(model: nn.Module, file: Path, found: dict[str, tuple[int, ...]]) -> None:
+    """Load a file's tensors, of which `read_header` found these; every one must be there, fit, and hold numbers.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
+    check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
+    tensors = safetensors.torch.load_file(file)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"Checkpoint {file} has values in {name!r} that are no numbers: it is damaged; take another copy."
+            )
+    model.load_state_dict(tensors)
+
+
 def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[AnyModel, About]:
     """As `load_model`, for who asks nothing of the model but `encode`: the file may hold an encoder only."""
     recipe, about, found = read_header(path)
@@ -214,12 +233,5 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         devices=[]
     ):  # its first weights are thrown away, so nobody's draws shall change for them
         model = model_of(recipe, about.parts)
-    check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
-    tensors = safetensors.torch.load_file(file)
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(
-                f"Checkpoint {file} has values in {name!r} that are no numbers: it is damaged; take another copy."
-            )
-    model.load_state_dict(tensors)
+    fill(model, file, found)
     return model.to(device).eval(), about

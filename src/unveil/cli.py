@@ -143,6 +143,16 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
         yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
 
 
+# Numbers of a test set in words, by task.
+TOLD: dict[str, Callable[[dict[str, float]], str]] = {
+    "single": lambda n: f"{n['accuracy']:.2f} % right, {n['mean_class_accuracy']:.2f} % as the mean over classes",
+    "multi": lambda n: (
+        f"mean average precision {n['mean_average_precision']:.2f} %, {n['labels_right']:.2f} % of labels right"
+    ),
+    "regression": lambda n: f"R2 {n['r2']:.3f}, mean absolute error {n['mean_absolute_error']:.4g}",
+}
+
+
 def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
     if not result["resumed"]:
         yield (
@@ -152,13 +162,7 @@ def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
     yield from _tell_training(result)
     if not result["finished"]:
         return
-    told = {
-        "single": lambda n: f"{n['accuracy']:.2f} % right, {n['mean_class_accuracy']:.2f} % as the mean over classes",
-        "multi": lambda n: (
-            f"mean average precision {n['mean_average_precision']:.2f} %, {n['labels_right']:.2f} % of labels right"
-        ),
-        "regression": lambda n: f"R2 {n['r2']:.3f}, mean absolute error {n['mean_absolute_error']:.4g}",
-    }[result["task"]]
+    told = TOLD[result["task"]]
     if result["num_steps"] < FEW_STEPS_TO_TELL:
         yield f"{result['num_steps']} steps are few to learn by. Give more --epochs, or a smaller --batch-size."
     if result["test_problems"]:
@@ -166,7 +170,16 @@ def _tell_finetune(result: dict[str, Any]) -> Iterator[str]:
         yield f"Test files that could not be used: {len(result['test_problems'])}, as {first['where']}: {first['what']}."
     if result["trained_on_too"]:
         yield f"{result['trained_on_too']:,} of the test samples were trained on too: of new pictures these numbers say little."
-    yield f"Test data, last epoch: {told(result['last'])}."
+    if result["unlabelled"]:
+        yield f"{result['unlabelled']:,} samples of the training data have no label and were left out."
+    if result["task"] == "single" and any("|" in name for name in result["outputs"]):
+        yield "Classes have | in their names. If that separates several labels of one picture, use --task multi."
+    blind = result["always_the_same"]
+    guess = "" if blind is None else f" Always the most common answer gets {blind:.2f} %."
+    yield f"Test data, last epoch: {told(result['last'])}.{guess}"
+    if len(result["each"]) > 1 and result["task"] == "regression":
+        for name, each in result["each"].items():
+            yield f"  {name}: R2 {each['r2']:.3f}, mean absolute error {each['mean_absolute_error']:.4g}"
     if result.get("best"):
         yield f"Best epoch, chosen by these same data: {told(result['best'])} (step {result['best']['step']:.0f})."
     yield f"Look at {result['out']}/report.html. Weights: {result['out']}/model.safetensors (last), best.safetensors."
@@ -176,6 +189,10 @@ def _tell_predict(result: dict[str, Any]) -> Iterator[str]:
     if result["counts"] is not None:
         often = sorted(result["counts"].items(), key=lambda item: -item[1])[:10]
         yield "Told most often: " + ", ".join(f"{name} {count:,}" for name, count in often if count) + "."
+    if result["scores"] is not None:
+        yield f"Of {result['scored']:,} samples with a label: {TOLD[result['task']](result['scores'])}."
+    if result["unscored"]:
+        yield f"Not scored by the labels that are there: {result['unscored']}"
     if result["skipped"]:
         yield f"Files that could not be used: {result['skipped']}, as {result['problems'][0]}."
     yield f"Wrote {result['samples']:,} rows to {result['out']}."
@@ -231,8 +248,12 @@ def _tell_probe(result: dict[str, Any]) -> Iterator[str]:
     yield f"{'features':<20}" + "".join(f"{titles[method]:>12}" for method in methods)
     for name, row in result["results"].items():
         yield f"{name:<20}" + "".join(f"{row[method]:>12.1f}" for method in methods)
-    if result["test_samples"] < 200:
-        yield f"With {result['test_samples']} test samples, one of them is {100 / result['test_samples']:.1f} points."
+    share = max(1, min(99, max(row[methods[0]] for row in result["results"].values()))) / 100
+    error = 100 * (share * (1 - share) / result["test_samples"]) ** 0.5
+    yield f"With {result['test_samples']} test samples the standard error of a number is about {error:.1f} points."
+    if result["trained_on_too"]:
+        yield f"{result['trained_on_too']} of the test samples are trained on too, so these numbers flatter."
+    yield from _tell_problems(result["problems"])
 
 
 def _tell_problems(problems: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -349,6 +370,8 @@ def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     }
     for name in ("trains on", "multiply-adds") if about["parts"] else ("parts",):
         del lines[name]  # how an encoder alone was trained is not known
+    if recognition:
+        del lines["classes"]  # of what was generated before; "tells" has those of now
     for name, value in lines.items():
         yield f"{name:<15}{value}"
 

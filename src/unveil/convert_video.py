@@ -126,7 +126,9 @@ def from_mae_st(tensors: Mapping[str, Tensor], *, given: Told | None = None) -> 
         recipe = dataclasses.replace(recipe, decoder=_decoder(source, given, grid, clip.token_dim, encoder))
     else:
         what = "Its decoder was left" if predicted else "It has no decoder"
-        notices.append(f"{what}, so MAE-ST's encoder alone was written: for finetune and pretrain --init.")
+        notices.append(
+            f"{what}, so MAE-ST's encoder alone was written: for probe, embed, finetune and pretrain --init."
+        )
     return *source.finish(recipe, () if whole else ("encoder",)), notices
 
 
@@ -185,8 +187,8 @@ def from_videomae(
     source.drop([n for n in source.values if HEADS.fullmatch(n)], "a head behind the features, which are what is kept")
     if "norm.weight" not in source.values:
         raise ValueError(
-            "The file's encoder has no last norm ('layernorm.weight'): fine-tuned VideoMAEs norm the mean of the tokens "
-            "instead, behind the encoder. Give a pre-trained one."
+            "The file's encoder has no last norm ('layernorm.weight'): with use_mean_pooling, as fine-tuned VideoMAEs have it, "
+            "the mean of the tokens is normed instead, behind the encoder. Give one with use_mean_pooling=False."
         )
     D, C, u, p = _patches(source)
     depth = source.depth(r"blocks\.(\d+)\.")
@@ -218,6 +220,6 @@ def from_videomae(
     )
     notices += [
         "Its positions are one sinusoid over all tokens, so they were kept as learned ones.",
-        "VideoMAE's encoder alone was written: for finetune and pretrain --init.",
+        "VideoMAE's encoder alone was written: for probe, embed, finetune and pretrain --init.",
     ]
     return *source.finish(recipe, ("encoder",)), notices

@@ -57,6 +57,8 @@ def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> T
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
     if "architecture" in config:  # timm's
         of_timm = config.get("pretrained_cfg", config)
+        if not isinstance(of_timm, dict):
+            raise ValueError(f"config.json says pretrained_cfg={of_timm!r}, which is no section with mean and std.")
         mean, std = of_timm.get("mean", mean), of_timm.get("std", std)
     try:
         numbers = [None if v is None else tuple(float(x) for x in v) for v in (mean, std)]
@@ -75,7 +77,7 @@ def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> T
     ):
         if not isinstance(config.get(name, 1), kind):
             raise ValueError(f"config.json says {name}={config[name]!r}, which is no number of its kind.")
-    if config["model_type"] not in HF_MODELS:
+    if not isinstance(config["model_type"], str) or config["model_type"] not in HF_MODELS:
         raise ValueError(
             f"config.json says model_type={config['model_type']!r}, but of Hugging Face's models only "
             "videomae, vit and vit_mae can be converted."
@@ -193,7 +195,7 @@ def normalisation_of(
         return sizes.IMAGENET_MEAN, sizes.IMAGENET_STD, f"ImageNet's, as {NAMES[kind]} has them; no file says so"
     if kind == "mae_st":
         return (0.45,) * channels, (0.225,) * channels, "as MAE-ST has them; no file says so"
-    why = "as timm's plain ViTs have them; no file says so, and others have ImageNet's"
+    why = "as timm's and Hugging Face's plain ViTs have them; no file says so, and others have ImageNet's"
     return (0.5,) * channels, (0.5,) * channels, why
 
 

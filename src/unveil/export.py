@@ -80,7 +80,10 @@ def _head(model: Recognizer) -> dict[str, Tensor]:
     told = model.recognition
     scale = model.scale if told.scale else torch.ones(len(told.outputs))
     offset = model.offset if told.offset else torch.zeros(len(told.outputs))
-    return {"weight": model.head.weight * scale[:, None], "bias": model.head.bias * scale + offset}
+    return {
+        "weight": (model.head.weight * scale[:, None]).float(),
+        "bias": (model.head.bias * scale + offset).float(),
+    }
 
 
 def _timm_head(model: Recognizer) -> tuple[dict[str, Tensor], str]:
@@ -280,7 +283,7 @@ class RecognizerGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), or (B, C, T, H, W) of a model of clips, to (B, K) and (B, D)."""
         pooled = self.model.pooled(pixels if self.model.recipe.clip.frames > 1 else pixels[:, :, None])
-        return self.model.tell(self.model.head(pooled)), pooled
+        return self.model.tell(self.model.head(pooled)).float(), pooled
 
 
 class EncoderGraph(nn.Module):
@@ -379,7 +382,10 @@ def write_hf(folder: Path, model: AnyModel | Recognizer) -> dict[str, Any]:
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
     try:
         part.chmod(0o755)
-        safetensors.torch.save_file(_contiguous(tensors), part / "model.safetensors", {"format": "pt"})
+        metadata = {"format": "pt"}
+        write_atomically(
+            part / "model.safetensors", lambda file: safetensors.torch.save_file(_contiguous(tensors), file, metadata)
+        )
         for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
             (part / name).write_text(json.dumps(content, indent=2) + "\n")
         part.rename(folder)

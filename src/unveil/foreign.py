@@ -115,7 +115,7 @@ class Source:
     def sizes(self, name: str, num_axes: int) -> tuple[int, ...]:
         """The shape of a parameter that tells sizes of the model."""
         if name not in self.values:
-            raise ValueError(f"The file has no {name!r}, so it holds no {NAMES[self.kind]}, or a damaged one.")
+            raise ValueError(f"The file has no {name!r}, so it is not of {NAMES[self.kind]}, or damaged.")
         shape = tuple(self.values[name].shape)
         if len(shape) != num_axes or 0 in shape:
             raise ValueError(

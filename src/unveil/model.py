@@ -78,6 +78,11 @@ class Backbone(nn.Module):
                 f"A clip of (channels, frames, height, width) = {tuple(clip.shape[1:])} came to a model of {expected}. "
                 "Resize or convert it first, or build the model for that size."
             )
+        if not clip.is_floating_point():
+            raise ValueError(
+                f"A clip of {clip.dtype} came to a model of numbers in [0, 1]. Divide 8-bit pixels by 255 first."
+            )
+        clip = clip.to(self.mean.dtype)
         return patchify((clip - self.mean) / self.std, sizes.patch_size, sizes.tubelet_size)
 
     def _told(self, t: Tensor | None, labels: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

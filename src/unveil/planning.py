@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from unveil.checkpoint import pick_device
-from unveil.config import Training
+from unveil.config import Training, check_choice
 from unveil.data import Samples, Source, decoded_bytes
 from unveil.recipe import Recipe
 from unveil.rundir import Precision, Run
@@ -100,6 +100,11 @@ def prepare(
         raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
     if not options.save_minutes >= 0:
         raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
+    if Path(options.data).is_dir() and options.out.resolve().is_relative_to(Path(options.data).resolve()):
+        raise ValueError(
+            f"--out {options.out} lies in {options.data}, where its pictures would be read as data. Choose another directory."
+        )
+    check_choice("--precision", "precision", options.precision or "fp32", Precision)
     batch_size = min(recipe.training.batch_size, len(source))
     if not 1 <= options.accumulate <= batch_size:
         raise ValueError(

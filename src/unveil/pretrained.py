@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from unveil import recipes
-from unveil.checkpoint import WEIGHTS, About, load_encoder, save_weights, write_atomically
+from unveil.checkpoint import WEIGHTS, About, save_weights, write_atomically
 from unveil.config import nearest
 from unveil.cost import masked_step
 from unveil.model import AnyModel, MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
+from unveil.recognizer import Recognizer, load_any
 
 # timm's words for sizes.
 SIZES = {
@@ -66,18 +67,18 @@ def create_model(name: str, *, seed: int | None = None, **fields: Any) -> Masked
         return MaskedDiffusionAutoencoder(recipe)
 
 
-def from_pretrained(name: str | Path, device: torch.device | str = "cpu") -> AnyModel:
+def from_pretrained(name: str | Path, device: torch.device | str = "cpu") -> AnyModel | Recognizer:
     """The model of a run directory, a weights file, or of `hf:owner/model` on the hub, ready for use.
 
-    An encoder-only file gives a model that can `encode` alone.
+    An encoder-only file gives a model that can `encode` alone, and one of `unveil finetune` a network that can `predict`.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    return load_encoder(name, device)[0]
+    return load_any(name, device)[0]
 
 
-def _snippet(model: AnyModel, name: str) -> str:
+def _snippet(model: AnyModel | Recognizer, name: str) -> str:
     clip = model.recipe.clip
     lines = [
         "import torch",
@@ -89,7 +90,16 @@ def _snippet(model: AnyModel, name: str) -> str:
         "with torch.inference_mode():",
         "    tokens = model.encode(clips)  # (4, class tokens + patches, width)",
     ]
-    if "repaint" in model.can:
+    if isinstance(model, Recognizer):
+        what = {
+            "single": "probabilities of the classes",
+            "multi": "probabilities of the labels",
+            "regression": "numbers",
+        }
+        lines.append(
+            f"told = model.predict(clips)  # (4, {len(model.recognition.outputs)}), {what[model.recognition.task]}"
+        )
+    elif "repaint" in model.can:
         lines += [
             f"holes = torch.zeros(4, {clip.frames}, {clip.height}, {clip.width}, dtype=torch.bool)",
             f"holes[..., {clip.height // 4} : {3 * clip.height // 4}, {clip.width // 4} : {3 * clip.width // 4}] = True",
@@ -100,7 +110,7 @@ def _snippet(model: AnyModel, name: str) -> str:
     return "\n".join(lines)
 
 
-def model_card(model: AnyModel, about: About, name: str, license: str | None = None) -> str:
+def model_card(model: AnyModel | Recognizer, about: About, name: str, license: str | None = None) -> str:
     """A README for weights: what they are, what they can, what they saw, how they are used. As Markdown with a YAML header.
 
     Args:
@@ -110,13 +120,19 @@ def model_card(model: AnyModel, about: About, name: str, license: str | None = N
     recipe = model.recipe
     clip = recipe.clip
     tags = ["masked-auto-encoder", "diffusion", "self-supervised", recipe.name]
-    task = "unconditional-image-generation" if "generate" in model.can else "image-feature-extraction"
+    tuned = isinstance(model, Recognizer)
+    parts, can = ((), {"recognise"}) if tuned else (model.parts, model.can)
+    task = "unconditional-image-generation" if "generate" in can else "image-feature-extraction"
+    if tuned:
+        task = "image-classification"
+    if license is not None and not re.fullmatch(r"[\w.+-]+", license):
+        raise ValueError(f"license={license!r} is no name of one; write it as the hub does, as in 'apache-2.0'.")
     header = ["---", "library_name: unveil", f"pipeline_tag: {task}", "tags:", *(f"- {tag}" for tag in tags)]
     header += ([f"license: {license}"] if license else []) + ["---"]
     parameters = sum(p.numel() for p in model.parameters())
     facts = {
-        "recipe": f"`{recipe.name}` `{recipe.size}`" + (", the encoder only" if model.parts else ""),
-        "can": ", ".join(sorted(model.can)),
+        "recipe": f"`{recipe.name}` `{recipe.size}`" + (", the encoder only" if parts else ""),
+        "can": ", ".join(sorted(can)),
         "input": f"{clip.channels} channels, {clip.frames} frame(s), {clip.height} x {clip.width}, "
         + (f"in [0, 1], normalised inside by mean {clip.mean} and std {clip.std}" if clip.bounded else "latents"),
         "parameters": f"{parameters:,}",
@@ -129,7 +145,10 @@ def model_card(model: AnyModel, about: About, name: str, license: str | None = N
     }
     if about.classes:
         facts["classes"] = ", ".join(about.classes[:20]) + (" ..." if len(about.classes) > 20 else "")
-    if not model.parts:
+    if isinstance(model, Recognizer):
+        told = model.recognition
+        facts["tells"] = ", ".join(told.outputs[:20]) + (" ..." if len(told.outputs) > 20 else "") + f" ({told.task})"
+    elif not parts:
         facts["multiply-adds"] = f"{masked_step(recipe).forward / 1e6:,.1f} million for one masked clip, forward"
     table = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items())
     return (
@@ -140,7 +159,12 @@ def model_card(model: AnyModel, about: About, name: str, license: str | None = N
 
 
 def save_pretrained(
-    folder: str | Path, model: AnyModel, about: About, *, name: str | None = None, license: str | None = None
+    folder: str | Path,
+    model: AnyModel | Recognizer,
+    about: About,
+    *,
+    name: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write a model and its card into a new or empty folder, from which `from_pretrained` and every command read it.
 
@@ -155,16 +179,17 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Give another, or empty it.")
-    about = dataclasses.replace(about, parts=model.parts)
+    recognition = model.recognition if isinstance(model, Recognizer) else None
+    about = dataclasses.replace(about, parts=() if isinstance(model, Recognizer) else model.parts)
     card = model_card(model, about, name or str(folder), license)
-    save_weights(folder / WEIGHTS, model.recipe, model.state_dict(), about)
+    save_weights(folder / WEIGHTS, model.recipe, model.state_dict(), about, recognition)
     write_atomically(folder / CARD, lambda part: part.write_text(card, encoding="utf-8"))
     return folder
 
 
 def push_to_hub(
     repo: str,
-    model: AnyModel,
+    model: AnyModel | Recognizer,
     about: About,
     *,
     license: str | None = None,

@@ -67,7 +67,8 @@ class RecognitionJob:
         save_weights(path, self.recipe, weights, about, self.recognition)
 
     def sheet(self, model: nn.Module, clips: Tensor) -> Image.Image:
-        return contact_sheet([("pictures as they are trained on, before they are blended", list(clips.cpu()))])
+        blended = ", before they are blended" if self.training.mixup or self.training.cutmix else ""
+        return contact_sheet([(f"pictures as they are trained on{blended}", list(clips.cpu()))])
 
     def evaluates(self, epoch: int) -> bool:
         return epoch % self.eval_epochs == 0 or epoch == self.training.epochs
@@ -117,7 +118,7 @@ def told(
         if batch.clips is None:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            outputs.append(model.predict(batch.clips.to(device)).float().cpu())
+            outputs.append(model.predict(batch.clips.to(device)).cpu())
         wanted.append(truth[batch.indices])
     if not outputs:
         raise ValueError(f"No sample of the test data {samples.source.name!r} can be read.")

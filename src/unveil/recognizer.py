@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from unveil.checkpoint import About, check_tensors, find_weights, load_encoder, read_header, read_recognition
+from unveil.checkpoint import About, fill, find_weights, load_encoder, read_header, read_recognition
 from unveil.finetuning import FineTuning, Recognition
 from unveil.layers import norm_layer
 from unveil.model import AnyModel, Backbone
@@ -40,8 +39,9 @@ class Recognizer(Backbone):
         self.head = nn.Linear(recipe.encoder.embed_dim, len(recognition.outputs))
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("offset", torch.tensor(recognition.offset), persistent=False)
-        self.register_buffer("scale", torch.tensor(recognition.scale), persistent=False)
+        # float64, for numbers that are large beside their spread, as dates are
+        self.register_buffer("offset", torch.tensor(recognition.offset, dtype=torch.float64), persistent=False)
+        self.register_buffer("scale", torch.tensor(recognition.scale, dtype=torch.float64), persistent=False)
 
     def pooled(self, clip: Tensor) -> Tensor:
         """(B, C, T, H, W) to (B, D), what the head reads."""
@@ -57,7 +57,7 @@ class Recognizer(Backbone):
             return self.head(pooled.float())
 
     def tell(self, output: Tensor) -> Tensor:
-        """Logits or standardised numbers as probabilities of the classes, or of each label, or as numbers, (B, K)."""
+        """Logits or standardised numbers as probabilities of classes, or of each label, or as numbers in float64, (B, K)."""
         if self.recognition.task == "single":
             return output.softmax(1)
         if self.recognition.task == "multi":
@@ -117,11 +117,22 @@ def resampled(state: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tenso
 
 def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -> dict[str, Tensor]:
     """The tensors that a `Recognizer` of this recipe takes from a pre-trained model: all but the head, and but the norm
-    after a mean of patches, which the model never saw. Learned positions are resampled if the grid is another."""
+    after a mean of patches, which the model never saw. Learned positions are resampled if the grid is another.
+
+    From a fine-tuned network: its norm too, if the pool is the same, and its head, if the classes or labels are."""
     state = model.state_dict()
     parts = ("encoder.", "condition.") if recipe.time_in_encoder else ("encoder.",)
     kept = {n: v for n, v in state.items() if n.startswith(parts) and not n.startswith("encoder.norm.")}
-    if recognition.pool == "class":
+    if isinstance(model, Recognizer):
+        told = model.recognition
+        if told.pool == recognition.pool:
+            kept |= {n: v for n, v in state.items() if n.startswith("fc_norm.")}
+            if recognition.task != "regression" and (told.task, told.outputs) == (
+                recognition.task,
+                recognition.outputs,
+            ):
+                kept |= {n: v for n, v in state.items() if n.startswith("head.")}
+    elif recognition.pool == "class":
         norm = "encoder.norm." if recipe.decoder is not None else "head.norm."
         kept |= {"fc_norm." + name.removeprefix(norm): v for name, v in state.items() if name.startswith(norm)}
     old, new = model.recipe.clip.grid, recipe.clip.grid
@@ -207,6 +218,43 @@ def score(recognition: Recognition, outputs: Tensor, truth: Tensor) -> dict[str,
     return {"score": r2, "r2": r2, "mean_absolute_error": float(mean_absolute_error(truth.numpy(), outputs.numpy()))}
 
 
+def score_each(recognition: Recognition, outputs: Tensor, truth: Tensor) -> dict[str, dict[str, float | None]]:
+    """Numbers of each label or number by its name, arguments as of `score`; {} of single classes.
+
+    Returns:
+        multi: "share" of the samples that have it, average precision (None if none has it), and the share that is right, in
+        percent. regression: R^2, mean absolute error, and the standard deviation, in the number's own unit.
+    """
+    from sklearn.metrics import average_precision_score, r2_score
+
+    each: dict[str, dict[str, float | None]] = {}
+    for k, name in enumerate(recognition.outputs if recognition.task != "single" else ()):
+        guess, wanted = outputs[:, k].double(), truth[:, k].double()
+        if recognition.task == "multi":
+            average = 100 * float(average_precision_score(wanted.numpy(), guess.numpy())) if wanted.any() else None
+            right = ((guess > 0.5) == (wanted > 0.5)).double().mean().item()
+            each[name] = {
+                "share": 100 * wanted.mean().item(), "average_precision": average, "right": 100 * right
+            }  # fmt: skip
+        else:
+            each[name] = {
+                "r2": float(r2_score(wanted.numpy(), guess.numpy())),
+                "mean_absolute_error": (guess - wanted).abs().mean().item(),
+                "standard_deviation": wanted.std(correction=0).item(),
+            }
+    return each
+
+
+def always_the_same(recognition: Recognition, truth: Tensor) -> float | None:
+    """What a blind guess gets, in percent: the most common class, or of each label what most samples have; None of numbers."""
+    if recognition.task == "single":
+        return 100 * truth.bincount().max().item() / len(truth)
+    if recognition.task == "multi":
+        share = truth.double().mean(0)
+        return 100 * torch.maximum(share, 1 - share).mean().item()
+    return None
+
+
 def load_recognizer(path: str | Path, device: torch.device | str = "cpu") -> tuple[Recognizer, About]:
     """Build the network that a file of `unveil finetune` describes and fill it.
 
@@ -223,8 +271,7 @@ def load_recognizer(path: str | Path, device: torch.device | str = "cpu") -> tup
         )
     with torch.random.fork_rng(devices=[]):
         model = Recognizer(recipe, recognition)
-    check_tensors(file, {name: tuple(value.shape) for name, value in model.state_dict().items()}, found)
-    model.load_state_dict(safetensors.torch.load_file(file))
+    fill(model, file, found)
     return model.to(device).eval(), about
 
 
@@ -234,7 +281,8 @@ def to_targets(recognition: Recognition, truth: Tensor) -> Tensor:
         return F.one_hot(truth, len(recognition.outputs)).float()
     if recognition.task == "multi":
         return truth.float()
-    return (truth.float() - torch.tensor(recognition.offset)) / torch.tensor(recognition.scale)
+    offset, scale = (torch.tensor(value, dtype=torch.float64) for value in (recognition.offset, recognition.scale))
+    return ((truth - offset) / scale).float()
 
 
 def load_any(path: str | Path, device: torch.device | str = "cpu") -> tuple[AnyModel | Recognizer, About]:

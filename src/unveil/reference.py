@@ -70,6 +70,7 @@ def _hf_difference(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it would tell of tensors that are left, which is told here
 
     recipe = model.recipe
     clip, e, d = recipe.clip, recipe.encoder, recipe.decoder
@@ -117,6 +118,7 @@ def _videomae_tokens(model: AnyModel, tensors: Mapping[str, Tensor], config: Map
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it would tell of tensors that are left, which is told here
     clip, e = model.recipe.clip, model.recipe.encoder
     sizes = {
         "hidden_size": e.embed_dim,

@@ -126,8 +126,8 @@ def matrix_picture(matrix: Tensor, names: Sequence[str]) -> bytes:
     axes.set_ylabel("true")
     if len(names) <= MAX_NAMED:
         short = [name[:16] for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=90)
-        axes.set_yticks(range(len(names)), short)
+        axes.set_xticks(range(len(names)), short, rotation=90, parse_math=False)  # a dollar is no formula
+        axes.set_yticks(range(len(names)), short, parse_math=False)
     if len(names) <= 12:
         for i, row in enumerate(matrix.tolist()):
             for j, count in enumerate(row):

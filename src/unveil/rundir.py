@@ -115,6 +115,8 @@ def lock(out: Path) -> Iterator[None]:
         except OSError:
             raise ValueError(f"{out} is in use by another run. Wait for it, or choose another directory.") from None
         _locks.append(file)
+        for left in out.glob(".*.part"):  # of a process that was killed while it saved
+            left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -181,6 +183,16 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
                 f"{out} holds another run: {difference}. Choose another directory; only a run of the same settings goes on, "
                 "because its learning rate is planned for them."
             )
+    if "digest" in before and before["digest"] != config.get("digest"):
+        raise ValueError(
+            f"{out} holds a run of other samples: files, their labels or what is held out have changed since. Choose another "
+            "directory, or put the data back."
+        )
+    if "blended_in" in before and before["blended_in"] != config.get("blended_in"):
+        raise ValueError(
+            f"{out} holds a run with --accumulate {before['blended_in']}, which decides what MixUp and CutMix blend. Give the "
+            "same, or choose another directory."
+        )
 
 
 def last_loss(out: Path) -> float | None:

@@ -79,6 +79,11 @@ def clip_of(patch_size: int, default_side: int, imagenet: bool = False, **shape:
 
     Latents are not normalised, and not bounded.
     """
+    unknown = shape.keys() - Shape.__annotations__
+    if unknown:
+        raise ValueError(
+            f"There is no argument {sorted(unknown)[0]!r} of a recipe. {nearest(sorted(unknown)[0], Shape.__annotations__)}"
+        )
     channels, height = shape.get("channels", 3), shape.get("height", default_side)
     width, latents = shape.get("width"), shape.get("latents", False)
     mean, std = ((0.0,) * channels, (1.0,) * channels) if latents else ((0.5,) * channels,) * 2

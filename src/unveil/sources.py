@@ -46,10 +46,16 @@ class Source(Protocol):
 # Decoding
 
 
+def as_text(where: str) -> str:
+    """A path as text that every file can hold; bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(where).decode("utf-8", "backslashreplace")
+
+
 class Folder:
     """Pictures below a folder, in the order of their paths, or one picture file.
 
-    If every picture lies in a sub-folder, the name of the first-level folder is its class.
+    If every picture lies in a sub-folder, the name of the first-level folder is its class. empty_classes: such folders
+    without a picture.
     """
 
     def __init__(
@@ -68,9 +74,13 @@ class Folder:
         self.skipped = skipped
         self.channels, self.height, self.width = channels, height, width
         self.classes: tuple[str, ...] | None = None
+        self.empty_classes: tuple[str, ...] = ()
         if all("/" in path for path in self.paths):
-            self.classes = tuple(sorted({path.split("/")[0] for path in self.paths}))
-            self._label_of = {folder: label for label, folder in enumerate(self.classes)}
+            folders = sorted({path.split("/")[0] for path in self.paths})
+            self.classes = tuple(as_text(folder) for folder in folders)
+            self._label_of = {folder: label for label, folder in enumerate(folders)}
+            there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+            self.empty_classes = tuple(as_text(name) for name in there if name not in self._label_of)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -113,25 +123,48 @@ class Listed(Folder):
                 f"{paths[missing[0]]!r}. Paths are below {path.parent}, or absolute. Correct them, or remove the rows."
             )
         super().__init__(name, path.parent, paths, [], channels, height, width)
-        self.classes = None
-        self._labels = [_label(value) for value in self.columns.get("label", [])]
+        self.classes, self.empty_classes = None, ()
+        self._labels = [self._label_at(row) for row in range(len(self.columns.get("label", [])))]
         if any(label is not None for label in self._labels):
             self.classes = tuple(sorted({label for label in self._labels if label is not None}, key=_by_number))
             self._label_of = {label: i for i, label in enumerate(self.classes)}
+
+    def _label_at(self, row: int) -> str | None:
+        value = self.columns["label"][row]
+        try:
+            return cell_text(value) or None
+        except TypeError:
+            raise ValueError(
+                f"{self.name!r} has {value!r} in its column 'label', row {row + 1}; a class is text or a number."
+            ) from None
 
     def label(self, index: int) -> int | None:
         label = self._labels[index] if self.classes else None
         return None if label is None else self._label_of[label]
 
 
-def _label(value: Any) -> str | None:
-    """A class as a table has it; None for an empty cell."""
-    return None if value is None or str(value) == "" else str(value)
+def cell_text(value: Any) -> str:
+    """A cell of a table as text: "" for an empty one, and 3 for the 3.0 that a column of whole numbers with gaps holds.
+
+    Raises:
+        TypeError: it is neither text nor number.
+    """
+    if value is None or value != value:  # not a number: a gap, too
+        return ""
+    if isinstance(value, float) and value == int(value):
+        return str(int(value))
+    if not isinstance(value, str | int | float):
+        raise TypeError
+    return str(value)
 
 
 def _by_number(label: str) -> tuple[int, float, str]:
-    """Whole numbers first, in their order, then words."""
-    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)
+    """Whole numbers first, in their order, then words; 1 and 01 are different words."""
+    return (
+        0 if label.removeprefix("-").isdecimal() else 1,
+        int(label) if label.removeprefix("-").isdecimal() else 0,
+        label,
+    )
 
 
 class Chosen:
@@ -152,6 +185,44 @@ class Chosen:
 
     def where(self, index: int) -> str:
         return self.source.where(self.rows[index])
+
+
+def check_classes(source: Source) -> None:
+    """Refuse class folders without a picture: what is learned would lack a class that somebody expects.
+
+    Raises:
+        ValueError: names the first.
+    """
+    empty: tuple[str, ...] = source.empty_classes if isinstance(source, Folder) else ()
+    if len(empty) > 0:
+        others = f", and so have {len(empty) - 1} others" if len(empty) > 1 else ""
+        raise ValueError(
+            f"{source.name} has a folder {empty[0]!r} without a picture that can be used{others}. Add some, or remove it."
+        )
+
+
+def files_of(source: Source) -> list[str]:
+    """What each sample is read from, the same text for the same file however its path is spelt; rows by their number."""
+    if isinstance(source, Chosen):
+        names = files_of(source.source)
+        return [names[row] for row in source.rows]
+    if not isinstance(source, Folder):
+        return [f"{source.name}/{source.where(i)}" for i in range(len(source))]
+    real: dict[str, str] = {}  # of folders, which are fewer than files
+    names = []
+    for i in range(len(source)):
+        folder, name = os.path.split(os.path.join(source.root, source.where(i)))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        path = os.path.join(real[folder], name)
+        names.append(os.path.realpath(path) if os.path.islink(path) else path)
+    return names
+
+
+def trained_on_too(source: Source, test: Source) -> int:
+    """How many of the test samples are also trained on, as far as files and rows tell."""
+    there = set(files_of(source))
+    return sum(name in there for name in files_of(test))
 
 
 def _walk(root: Path) -> tuple[list[str], list[Skipped]]:
@@ -265,7 +336,10 @@ def open_source(
     if data not in BUILTINS and not pattern and not path.exists():
         raise _missing(data)
     if frames > 1:
-        raise ValueError(f"{data!r} has pictures, not clips of {frames} frames. Use moving-digits, or frames=1.")
+        raise ValueError(
+            f"{data!r} was given to a model of clips of {frames} frames, and clips can be read of moving-digits alone so far. "
+            "Use that, or a model of pictures (frames=1)."
+        )
     if data in BUILTINS:
         return Digits(data, split or "all", channels)
     if pattern:

@@ -64,7 +64,10 @@ def read_table(path: Path) -> Table:
     else:
         import pyarrow.parquet as pq
 
-        columns = pq.read_table(path).to_pydict()
+        try:
+            columns = pq.read_table(path).to_pydict()
+        except (OSError, ValueError) as error:  # pyarrow's own are of these
+            raise ValueError(f"{path} cannot be read as a table ({error}). Is the file whole?") from None
     if PATH not in columns:
         raise ValueError(
             f"{path} has no column {PATH!r}, only {', '.join(columns) or 'nothing'}. Its first line must name the columns."

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from unveil.finetuning import Task
-from unveil.sources import Listed, Source
+from unveil.sources import Listed, Source, cell_text
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = 1e100  # of a number to predict; its square still is one
 
 
 @dataclass(frozen=True)
 class Truth:
     """Targets of a source's samples.
 
-    values: classes (n,) int64, labels of 0 and 1 or numbers (n, K) float32. known: which samples have one, (n,) bool.
-    outputs: the names of classes, labels or numbers. offset, scale: mean and deviation of each number.
+    values: classes (n,) int64, labels of 0 and 1 (n, K) float32, or numbers (n, K) float64. known: which samples have one, (n,)
+    bool. outputs: the names of classes, labels or numbers. offset, scale: mean and deviation of each number.
     """
 
     values: Tensor
@@ -36,13 +36,15 @@ def chosen_truth(truth: Truth, rows: Sequence[int]) -> Truth:
     if values.ndim == 2 and truth.scale:
         offset = tuple(values.mean(0).tolist())
         largest = values.abs().amax(0)
-        spread = values.double().std(0, correction=0)
-        never = spread <= 1e-6 * largest  # but for rounding, a number that never varies
+        spread = values.std(0, correction=0)
+        never = spread <= 1e-12 * largest  # but for rounding, a number that never varies
         scale = tuple(torch.where(never, 1.0, spread).tolist())
     return Truth(values, truth.known[list(rows)], truth.outputs, offset, scale)
 
 
 def _columns(source: Source, task: Task, names: Sequence[str]) -> list[list[Any]]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"--label-columns {' '.join(names)}: a column comes twice. Give each once.")
     if not isinstance(source, Listed):
         raise ValueError(
             f"{source.name} is no table, and --task {task} needs one: a .csv or .parquet with a column `path` and columns of "
@@ -65,7 +67,7 @@ def _number(source: Source, name: str, row: int, value: Any) -> float:
         number = math.inf
     if abs(number) > LARGEST:
         raise ValueError(
-            f"{source.name} has {value!r} in the column {name!r}, row {row + 1}, which is no number of float32."
+            f"{source.name} has {value!r} in the column {name!r}, row {row + 1}, which is no number, or too large for one."
         )
     return number
 
@@ -103,12 +105,12 @@ def _labels(source: Source, names: Sequence[str], known_as: tuple[str, ...] | No
             f"{source.name} has {strange[0]!r} in {', '.join(names)}. Write labels as text with | between."
         )
     if known_as is None:  # the training data decide what a single column is
-        cells = {str(cell).strip() for cell in columns[0]}
-        indicators = cells <= {"", "None", "0", "1", "0.0", "1.0", "True", "False"}
+        cells = {cell_text(cell).strip() for cell in columns[0]}
+        indicators = cells <= {"", "0", "1", "0.0", "1.0", "True", "False"}
     else:
         indicators = known_as == tuple(names)
     if len(names) == 1 and not indicators:  # labels with | between them; an empty cell is a sample without any
-        sets = [{part.strip() for part in str(cell or "").split("|") if part.strip()} for cell in columns[0]]
+        sets = [{part.strip() for part in cell_text(cell).split("|") if part.strip()} for cell in columns[0]]
         found = tuple(sorted(set().union(*sets)))
         outputs = known_as or found
         strange = sorted(set(found) - set(outputs))
@@ -138,7 +140,7 @@ def _numbers(source: Source, names: Sequence[str]) -> Truth:
         [_number(source, name, i, cell) for i, cell in enumerate(column)]
         for name, column in zip(names, columns, strict=True)
     ]
-    values = torch.tensor(rows).T.contiguous()
+    values = torch.tensor(rows, dtype=torch.float64).T.contiguous()
     ones = (1.0,) * len(names)
     return Truth(values, ~values.isnan().any(1), tuple(names), ones, ones)
 

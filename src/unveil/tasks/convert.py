@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}). Mend it, or move the weights away from it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object. Mend it, or move the weights away from it.")
@@ -138,6 +138,10 @@ def _configs(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_options(options: Convert, kind: Kind) -> None:
+    for name in ("num_heads", "decoder_heads"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: give at least one head.")
     if kind == "umd" and options.num_heads is not None:
         raise ValueError(
             "--num-heads is for a DiT, a MAE or a ViT; UMD's weights tell their heads themselves. Leave it out."
@@ -159,9 +163,10 @@ def _check_against(
     """What to say of the comparison with the original's own library."""
     try:
         difference, what = largest_difference(kind, model, tensors, config)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever that library raises of a config
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{library} cannot build what config.json describes from these tensors ({str(error).splitlines()[0]}), so nothing "
+            f"{library} cannot build what config.json describes from these tensors ({reason}), so nothing "
             "was written. --no-check converts it all the same."
         ) from None
     if not difference <= TOLERANCE:

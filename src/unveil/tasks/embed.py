@@ -1,7 +1,6 @@
 """Features of a source as a file: what other programs cluster, search and classify by."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from unveil.data import Batch, Samples, Skipped, Source, batches, source_for
 from unveil.features import Features, Kept, encoder_features, usual_pool
 from unveil.model import AnyModel
 from unveil.recognizer import Recognizer, load_any, tuned_features
+from unveil.sources import as_text
 
 ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are written to a parquet file
 
@@ -24,7 +24,7 @@ ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are writte
 class Embed(FromRun):
     """Write the frozen encoder's features of pictures or clips, with the path of each, to a .parquet or .npz file.
 
-    Whole pictures are encoded; nothing is masked or drawn. Columns or arrays: path, strings; label, int64, -1 where there is
+    Pictures are scaled to the model's size and their centre is cut; nothing is masked or drawn. Columns or arrays: path, strings; label, int64, -1 where there is
     none, if the data has labels; features, float32. In parquet, features are fixed-size lists of D, or of N patches each of
     which is a list of D, and the schema's metadata has a JSON object under `unveil`; in .npz they are (n, D) or (n, N, D),
     and that JSON is the array `metadata`. It names the model file, the recipe, its size, how features were made, and the
@@ -69,16 +69,11 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} exists already and is not overwritten. Give another name, or remove it.")
 
 
-def _text(where: str) -> str:
-    """A path as text that every format holds; bytes that are no UTF-8 become \\xNN."""
-    return os.fsencode(where).decode("utf-8", "backslashreplace")
-
-
 def _parts(batches: Iterator[Batch], source: Source, function: Features, device: str) -> Iterator[Part]:
     for batch in batches:
         if batch.clips is None:
             continue
-        paths = [_text(source.where(i)) for i in batch.indices.tolist()]
+        paths = [as_text(source.where(i)) for i in batch.indices.tolist()]
         features = function(batch.clips.to(device), batch.indices).float().cpu()
         yield Part(paths, batch.labels if source.classes else None, features)
 
@@ -142,7 +137,7 @@ def _about(options: Embed, model: AnyModel | Recognizer, source: Source) -> dict
         "grid": list(clip.grid),  # of the patches: frames, rows, columns
         "mean": list(clip.mean),
         "std": list(clip.std),
-        "classes": None if source.classes is None else [_text(name) for name in source.classes],
+        "classes": None if source.classes is None else [as_text(name) for name in source.classes],
     }
 
 
@@ -202,6 +197,6 @@ def embed(options: Embed, on_progress: Callable[[int, int], None] | None = None)
         "samples": written,
         "shape": list(shape),
         **about,
-        "problems": [{"where": _text(problem.where), "what": problem.reason} for problem in problems],
+        "problems": [{"where": as_text(problem.where), "what": problem.reason} for problem in problems],
         "converted": dict(converted),
     }

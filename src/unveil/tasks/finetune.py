@@ -1,6 +1,7 @@
 """From a pre-trained encoder to a network that tells classes, labels or numbers."""
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from unveil import draws, finetuning
-from unveil.checkpoint import BEST, WEIGHTS, FromRun, load_encoder, write_atomically
+from unveil.checkpoint import BEST, WEIGHTS, FromRun, write_atomically
 from unveil.config import check_choice
 from unveil.data import Samples, Source, decoded_bytes, source_for
 from unveil.features import usual_pool
@@ -22,11 +23,14 @@ from unveil.recognition_job import RecognitionJob, told
 from unveil.recognition_report import write_report
 from unveil.recognizer import (
     Recognizer,
+    always_the_same,
     from_pretrained,
+    load_any,
     load_recognizer,
     score,
+    score_each,
 )
-from unveil.sources import Chosen, Folder
+from unveil.sources import Chosen, check_classes, files_of, trained_on_too
 from unveil.targets import Truth, chosen_truth, truth_of
 from unveil.train import Progress, run_job
 
@@ -38,7 +42,7 @@ EVALUATION, REPORT = "evaluation.json", "report.html"
 class Finetune(TrainingOptions, FromRun):
     """Train a pre-trained encoder with a linear head on labelled pictures, by MAE's published recipe.
 
-    The encoder sees whole, clean pictures. The last weights are model.safetensors, those of the best epoch on the test
+    The encoder sees clean pictures, with nothing hidden. The last weights are model.safetensors, those of the best epoch on the test
     data best.safetensors; report.html shows curves, the confusion matrix and each class.
 
     Example: unveil finetune --run runs/photos --data labelled/ --test-data held-out/ --out runs/photos-classes
@@ -143,6 +147,7 @@ def training_of(options: Finetune, recipe: Recipe, num_samples: int) -> FineTuni
                     f"--{name.replace('_', '-')} {given[name]} is for classes and labels; numbers are not blended. Drop it."
                 )
             given[name] = 0.0
+        given.setdefault("randaugment_ops", 0)  # a number may be of the colours or places that it changes
     if recipe.clip.channels not in (1, 3):
         if given.get("randaugment_ops"):
             raise ValueError(
@@ -173,10 +178,14 @@ def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Tru
         ValueError: there are no labels, or too few samples or classes, or the two sets do not fit each other.
     """
     source = source_for(options.data, recipe.clip)
+    check_classes(source)
     truth = truth_of(source, options.task, options.label_columns)
     known = [i for i in range(len(source)) if truth.known[i]]
     if options.test_data is None:
         held = _held_out(known, truth, options)
+        files = files_of(source)
+        there = {files[i] for i in held}
+        held |= {i for i in known if files[i] in there}  # all rows of a file are on one side
         if not held:
             raise ValueError(
                 f"{options.data} has {len(known)} labelled samples, too few to hold some out. Give --test-data."
@@ -215,18 +224,6 @@ def _held_out(known: list[int], truth: Truth, options: Finetune) -> set[int]:
     return {i for mine in members.values() for i in mine[: min(round(len(mine) / 5), len(mine) - 1)]}
 
 
-def trained_on_too(source: Source, test: Source) -> int:
-    """How many of the test samples are also trained on, as far as files and rows tell."""
-
-    def names(samples: Source) -> list[str]:
-        whole = samples.source if isinstance(samples, Chosen) else samples
-        root = str(whole.root.resolve()) if isinstance(whole, Folder) else whole.name
-        return [f"{root}/{samples.where(i)}" for i in range(len(samples))]
-
-    there = set(names(source))
-    return sum(name in there for name in names(test))
-
-
 def _some_of_each(rows: list[int], truth: Truth, options: Finetune) -> list[int]:
     number = options.labels_per_class
     assert number is not None
@@ -248,6 +245,41 @@ def _some_of_each(rows: list[int], truth: Truth, options: Finetune) -> list[int]
     return sorted(chosen)
 
 
+def _without_label(options: Finetune, source: Source) -> int:
+    """How many training samples were left out because nothing says what they are."""
+    whole = source.source if isinstance(source, Chosen) else source
+    return int((~truth_of(whole, options.task, options.label_columns).known).sum())
+
+
+def _check_readable(samples: Samples, truth: Truth) -> None:
+    """Refuse a class of which no picture to train on can be read; looks no further than each class's first readable one."""
+    if truth.values.ndim > 1:
+        return
+    read: dict[int, bool] = {}
+    first: dict[int, str] = {}
+    for i, label in enumerate(truth.values.tolist()):
+        if not read.get(label):
+            sample = samples[0, i]
+            read[label] = sample.clip is not None
+            if sample.problem is not None:
+                first.setdefault(label, f"{sample.problem.where}: {sample.problem.reason}")
+    for label, readable in read.items():
+        if not readable:
+            raise ValueError(
+                f"No picture of the class {truth.outputs[label]!r} can be read; the first problem: {first[label]}. Mend them, "
+                "or remove the class."
+            )
+
+
+def _digest(source: Source, truth: Truth, test: Source, test_truth: Truth) -> str:
+    """What tells these samples and labels from others, so that a run goes on with its own only."""
+    digest = hashlib.sha256()
+    for part, wanted in ((source, truth), (test, test_truth)):
+        for i, value in enumerate(wanted.values.tolist()):
+            digest.update(f"{part.where(i)}\n{value}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Run `unveil finetune`; see `Finetune` for the options and `train` for what is returned, and:
 
@@ -258,14 +290,16 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     Raises:
         ValueError: the data has no labels that fit the task, or an option is out of its range.
     """
-    model, _ = load_encoder(options.run)
+    model, _ = load_any(options.run)
     recipe = model.recipe
+    pool = model.recognition.pool if isinstance(model, Recognizer) else usual_pool(recipe)
     if options.image_size is not None:
         height, width = parse_image_size(options.image_size)
         recipe = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, height=height, width=width))
     if options.eval_epochs is not None and options.eval_epochs < 1:
         raise ValueError(f"--eval-epochs {options.eval_epochs}: evaluate after every epoch (1), or after several.")
     source, truth, test, test_truth = split(options, recipe)
+    unlabelled = _without_label(options, source)
     if options.task == "regression" and len(test) < 2:
         raise ValueError(
             f"{len(test)} test sample has no spread to be explained, which R2 measures. Give more --test-data."
@@ -273,10 +307,15 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     training = training_of(options, recipe, len(source))
     if options.batch_size is None:
         training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
+    if (training.mixup or training.cutmix) and training.batch_size < 2 * options.accumulate:
+        raise ValueError(
+            f"--accumulate {options.accumulate} leaves single pictures of a batch of {training.batch_size}, and MixUp and "
+            "CutMix blend two. Use fewer pieces, or --mixup 0 --cutmix 0."
+        )
     recognition = Recognition(
         task=options.task,
         outputs=truth.outputs,
-        pool=options.pool or usual_pool(recipe),
+        pool=options.pool or pool,
         offset=truth.offset,
         scale=truth.scale,
         training=training,
@@ -290,6 +329,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     if all(test_samples[0, i].clip is None for i in range(min(16, len(test)))):
         problem = test_samples[0, 0].problem
         raise ValueError(f"The first samples of the test data cannot be read: {problem}. Are these the right files?")
+    _check_readable(samples, truth)
     initial = {} if options.from_scratch else from_pretrained(model, recipe, recognition)
     eval_epochs = options.eval_epochs or max(1, training.epochs // 25)
     with torch.device("meta"):
@@ -302,17 +342,20 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
 
     outcome = run_job(
         make, to_dict(recipe), samples, run, on_progress, recognition=to_dict(recognition),
-        test=options.test_data or "a fifth",
+        test=options.test_data or "a fifth", digest=_digest(source, truth, test, test_truth),
+        blended_in=options.accumulate if training.mixup or training.cutmix else None,
     )  # fmt: skip
+    tuned = ", fine-tuned" if isinstance(model, Recognizer) else ""
     result = {
         **outcome,
-        "start": "random weights" if options.from_scratch else f"{model.recipe.name} {model.recipe.size}",
+        "start": "random weights" if options.from_scratch else f"{model.recipe.name} {model.recipe.size}{tuned}",
         "loaded": len(initial),
         "tensors": len(new),
         "task": recognition.task,
         "outputs": list(recognition.outputs),
         "train_samples": len(source),
         "test_samples": len(test),
+        "unlabelled": unlabelled,
         "trained_on_too": trained_on_too(source, test),
     }
     if not outcome["finished"]:
@@ -320,6 +363,8 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     network, _ = load_recognizer(run.out / WEIGHTS, run.device)
     outputs, wanted, problems = told(network, test_samples, test_truth.values, run, training.batch_size)
     result["last"] = score(recognition, outputs, wanted)
+    result["each"] = score_each(recognition, outputs, wanted)
+    result["always_the_same"] = always_the_same(recognition, wanted)
     result["test_samples"] = len(wanted)
     result["test_problems"] = [{"where": problem.where, "what": problem.reason} for problem in problems]
     matrix = None
@@ -330,6 +375,6 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
             for c, (name, row) in enumerate(zip(recognition.outputs, matrix, strict=True))
         }
         result["confusion"] = matrix.tolist()
-    write_report(run.out / REPORT, run.out, recognition, result, matrix)
     write_atomically(run.out / EVALUATION, lambda part: part.write_text(json.dumps(result, indent=2) + "\n"))
+    write_report(run.out / REPORT, run.out, recognition, result, matrix)
     return {**result, "best_file": str(run.out / BEST)}

@@ -33,8 +33,8 @@ class Pretrain(TrainingOptions):
     represents and generates. umd_flow: the same with one prediction. dit, maskdit: generate. dit_umd, maskdit_umd,
     mae_umd: these methods in UMD's network, to compare with it."""
     size: str | None = None
-    """Encoder and patch size, as in B/16: Nano, Micro, Ti, S, B, L or H. Default B/16, B/4 for umd and the others
-    that generate; Nano/2 for digits, Nano/4 for moving-digits."""
+    """Encoder and patch size, as in B/16: Nano, Micro, Ti, S, B, L, H or XL. Default: that of --init; else B/16,
+    B/4 for umd and the others that generate; Nano/2 for digits, Nano/4 for moving-digits."""
     image_size: str | None = None
     """Height and width in pixels, one number or 64x48. Default 224, 64 for umd and the others that
     generate; 8 for digits, 24 for moving-digits."""
@@ -116,8 +116,10 @@ def pretrain(options: Pretrain, on_progress: Callable[[Progress], None] | None =
     Returns:
         "start", the recipe of the weights that it started from, and what became of them: see `unveil.start.carry_over`.
     """
-    recipe = recipe_of(options)
     loaded = None if options.init is None else load_encoder(options.init)
+    if loaded is not None and options.size is None and options.data.partition(":")[0] not in BUILT_IN:
+        options = dataclasses.replace(options, size=loaded[0].recipe.size)
+    recipe = recipe_of(options)
     if loaded is not None:
         recipe = starting_from(recipe, loaded[0].recipe)
     if options.labels and recipe.noise_on != "visible":

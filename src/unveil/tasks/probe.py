@@ -1,8 +1,9 @@
 """How much of the labels the frozen features hold: by ridge regression, nearest neighbours, or a trained linear layer."""
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,17 +12,20 @@ from torch import Tensor
 
 from unveil import draws
 from unveil.checkpoint import FromRun, pick_device
-from unveil.config import Clip
-from unveil.data import Samples, batches, chosen_batches, source_for
+from unveil.config import Clip, check_choice
+from unveil.data import Batch, Samples, Skipped, batches, chosen_batches, source_for
 from unveil.features import Pool, encoder_features, extract, raw_pixels, untrained, usual_pool
 from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predictions, ridge_predict
-from unveil.probing import LarsProbe
+from unveil.probing import LARS_BATCH, LarsProbe
 from unveil.recognizer import Recognizer, load_any, tuned_features
+from unveil.sources import as_text, check_classes, trained_on_too
 
+Method = Literal["linear", "knn", "fewshot", "lars"]
 NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 FEW_LABEL_DRAWS = 5
 LARS_EPOCHS = 90
+LARS_STEPS = 2000  # at least, where features are encoded once, and an epoch of few samples costs next to nothing
 FEW_SHOTS = 100  # labels of each class at most, as in UMD's published probe
 
 
@@ -41,7 +45,7 @@ class Probe(FromRun):
     """Labelled test data with the same classes. Default: a random fifth of --data is held out."""
     labels_per_class: int | None = None
     """Train on this many labels of each class, mean of five draws. Default: on all."""
-    method: Literal["linear", "knn", "fewshot", "lars"] | None = None
+    method: Method | None = None
     """linear: ridge with a chosen penalty. knn: nearest neighbours. fewshot: UMD's closed-form ridge with its fixed penalty,
     on at most 100 labels of each class unless --labels-per-class says otherwise, the mean of five draws (UMD's own numbers
     are of one). lars: MAE's linear probe, a linear layer trained by LARS in batches of 16,384, for which --augment and
@@ -55,7 +59,8 @@ class Probe(FromRun):
     """Neighbours that vote, for knn, one number or several, as in --k 10 20 100 200; each votes with the weight
     exp(cosine similarity / 0.07). Default 20, or all if there are fewer."""
     epochs: int | None = None
-    """Epochs of lars. Default 90; fewer than 16,384 samples are a single step each, so that they want thousands of epochs."""
+    """Epochs of lars. Default 90, or without --augment as many as make 2,000 steps, for fewer than 16,384 samples are a single
+    step an epoch."""
     augment: bool = False
     """For lars: encode new random crops, of 8 % of a picture or more, and mirror images in every epoch, as the published
     protocol does, at the cost of reading and encoding the data once for each epoch. Default: encode once, without."""
@@ -65,7 +70,7 @@ class Probe(FromRun):
     seed: int = 0
     """Draws the few labels, the untrained encoder, and the start, order and crops of lars."""
     batch_size: int = 256
-    """Clips encoded at once; no effect on the result."""
+    """Clips encoded at once; no effect on the result but for the last digits."""
     workers: int = 0
     """Processes that read data."""
     device: str | None = None
@@ -139,6 +144,8 @@ def _scores(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, options:
 
 
 def _check_options(options: Probe) -> None:
+    if options.method is not None:
+        check_choice("--method", "method", options.method, Method)
     ks = options.k
     if ks is not None and options.method not in (None, "knn"):
         raise ValueError(f"--k belongs to --method knn, but it is {options.method}. Drop one of the two.")
@@ -188,6 +195,8 @@ def _train_lars(
     """
     subsets = _subsets(labels, options)
     epochs = options.epochs or LARS_EPOCHS
+    if options.epochs is None and fresh is None:
+        epochs = max(epochs, math.ceil(LARS_STEPS / max(1, len(subsets[0]) // LARS_BATCH)))
     used = torch.cat(subsets).unique()
     if fresh is not None:
         place = torch.full((len(labels),), -1)
@@ -227,6 +236,7 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
     model, _ = load_any(options.run, device)
     clip, pool = model.recipe.clip, options.pool
     train_samples = _labelled(options.data, clip)
+    check_classes(train_samples.source)
     if isinstance(model, Recognizer):
         functions = {"encoder": tuned_features(model, pool, options.time)}
         pool = model.recognition.pool
@@ -259,9 +269,17 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         if on_progress is not None:
             on_progress(min(encoded, total), total)
 
+    problems: list[Skipped] = []
+
+    def noted(loader: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            problems.extend(batch.problems)
+            yield batch
+
     def features_of(samples: Samples) -> tuple[list[Tensor], Tensor, Tensor]:
+        problems.extend(samples.source.skipped)
         loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
-        features, classes, indices = extract(loader, *functions.values(), device=device, on_batch=count)
+        features, classes, indices = extract(noted(loader), *functions.values(), device=device, on_batch=count)
         labelled = classes >= 0  # a parquet file may have rows without a label
         return [x[labelled] for x in features], classes[labelled], indices[labelled]
 
@@ -277,6 +295,14 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
             raise ValueError(f"{options.data} has {len(labels)} samples, too few to hold some out. Give --test-data.")
     else:
         test, truth, _ = features_of(test_samples)
+
+    if len(labels.unique()) < 2:
+        first = (
+            f"; the first of {len(problems)} problems: {problems[0].where}: {problems[0].reason}" if problems else ""
+        )
+        raise ValueError(
+            f"{options.data} has one class that can be read, and to tell classes apart takes two{first}. Give more of them."
+        )
 
     # as torchvision's RandomResizedCrop, and so MAE's linear probe, has it by default
     training = dataclasses.replace(model.recipe.training, crop_scale=0.08, flip=True)
@@ -316,4 +342,6 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         "time": options.time,
         "k": list(options.k or (NEIGHBOURS,)),
         "lars": lars,
+        "trained_on_too": 0 if test_samples is None else trained_on_too(train_samples.source, test_samples.source),
+        "problems": [{"where": as_text(problem.where), "what": problem.reason} for problem in problems],
     }

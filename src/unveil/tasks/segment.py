@@ -116,9 +116,11 @@ def _labelled(data: str, labels: Path, clip: Clip, num_classes: int | None) -> t
     source = source_for(data, clip)
     if not isinstance(source, Folder):
         raise ValueError(f"{data!r} holds parquet files; label maps are found by the paths of pictures. Name a folder.")
-    maps = []
+    maps, of = [], dict[Path, str]()
     for where in source.paths:
         path = (labels / where).with_suffix(".png")
+        if of.setdefault(path, where) != where:
+            raise ValueError(f"{of[path]} and {where} of {data} would share the label map {path}. Rename one of them.")
         if not path.is_file():
             raise ValueError(
                 f"{where} of {data} has no label map: there is no {path}. Add it, or take the picture out."
