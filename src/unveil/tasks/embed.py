@@ -24,11 +24,11 @@ ROW_GROUP = 64 * 2**20  # bytes of features that are held before they are writte
 class Embed(FromRun):
     """Write the frozen encoder's features of pictures or clips, with the path of each, to a .parquet or .npz file.
 
-    Pictures are scaled to the model's size and their centre is cut; nothing is masked or drawn. Columns or arrays: path, strings; label, int64, -1 where there is
-    none, if the data has labels; features, float32. In parquet, features are fixed-size lists of D, or of N patches each of
-    which is a list of D, and the schema's metadata has a JSON object under `unveil`; in .npz they are (n, D) or (n, N, D),
-    and that JSON is the array `metadata`. It names the model file, the recipe, its size, how features were made, and the
-    classes.
+    Pictures are scaled until they just cover the model's size, and their centre is cut; nothing is masked or drawn. Columns or
+    arrays: path, strings; label, int64, -1 where there is none, if the data has labels; features, float32. In parquet,
+    features are fixed-size lists of D, or of N patches each of which is a list of D, and the schema's metadata has a JSON
+    object under `unveil`; in .npz they are (n, D) or (n, N, D), and that JSON is the array `metadata`. It names the model
+    file, the recipe, its size, how features were made, and the classes.
 
     Example: unveil embed --run runs/photos --data photos/ --out photos.parquet
     """

@@ -42,8 +42,8 @@ EVALUATION, REPORT = "evaluation.json", "report.html"
 class Finetune(TrainingOptions, FromRun):
     """Train a pre-trained encoder with a linear head on labelled pictures, by MAE's published recipe.
 
-    The encoder sees clean pictures, with nothing hidden. The last weights are model.safetensors, those of the best epoch on the test
-    data best.safetensors; report.html shows curves, the confusion matrix and each class.
+    The encoder sees clean pictures, with nothing hidden. The last weights are model.safetensors, those of the best epoch on
+    the test data best.safetensors; report.html shows curves, the confusion matrix and each class.
 
     Example: unveil finetune --run runs/photos --data labelled/ --test-data held-out/ --out runs/photos-classes
     """
