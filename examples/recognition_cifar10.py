@@ -24,10 +24,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from comparison import Results, timed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import to_pil_image
-from umd_cifar10 import Results, timed
 
 from unveil import draws, recipes
 from unveil.checkpoint import WEIGHTS, About, save_weights, write_atomically

@@ -11,10 +11,7 @@ there (--arms --no-speeds makes it alone).
 """
 
 import dataclasses
-import fcntl
-import json
 import platform
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -22,10 +19,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from comparison import Results, timed
 from torch import Tensor
 
 from unveil import recipes
-from unveil.checkpoint import load_model, write_atomically
+from unveil.checkpoint import load_model
 from unveil.classifier import Judge, judge_pictures, load_arrays, load_judge, save_judge, train_judge
 from unveil.cost import branch_cost, masked_step
 from unveil.losses import Objective, draw
@@ -66,40 +64,6 @@ class Options:
     compile: bool = True
     speeds: bool = True
     """Measure pictures per second at the end; wants an idle machine."""
-
-
-class Results:
-    """results.json, written after every part, so that a finished part is never made twice.
-
-    Read again before it is written, under a lock, as another process may have added to it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def part(self, *names: str, make: Any) -> Any:
-        """The part of that name, made now if it is not there."""
-
-        def section_of(values: dict[str, Any]) -> dict[str, Any]:
-            for name in names[:-1]:
-                values = values.setdefault(name, {})
-            return values
-
-        section = section_of(self.read())
-        if names[-1] in section:
-            return section[names[-1]]
-        print("...", " ".join(names), flush=True)
-        made = make()
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            values = self.read()
-            section_of(values)[names[-1]] = made
-            write_atomically(self.path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
-        print(" ".join(names), json.dumps(made), flush=True)
-        return made
 
 
 def recipe_of(name: str, options: Options) -> Recipe:
@@ -146,22 +110,6 @@ def speeds(options: Options, height: str, rounds: int = 7) -> dict[str, Any]:
         }
         for name, (recipe, _, _) in steps.items()
     }
-
-
-def timed(run: Any) -> dict[str, Any]:
-    """What a training returns, with its seconds by the clock and of the processor; None of these where it went on from an
-    earlier start, whose seconds are not known."""
-    cpu = resource.getrusage(resource.RUSAGE_SELF)
-    result = run()
-    now = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = now.ru_utime + now.ru_stime - cpu.ru_utime - cpu.ru_stime
-    if not result["finished"]:  # by Ctrl-C, and saved; the same command goes on
-        raise SystemExit(130)
-    kept = {name: result[name] for name in ("steps_now", "images_seen", "loss")}
-    spent = {"seconds": result["seconds"], "cpu_seconds": seconds}
-    if result["resumed"]:
-        spent = dict.fromkeys(spent)
-    return {**kept, **spent, "threads": torch.get_num_threads()}
 
 
 METHODS: tuple[Literal["fewshot", "knn", "linear"], ...] = ("fewshot", "knn", "linear")
