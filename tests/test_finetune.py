@@ -771,10 +771,17 @@ def test_labels_and_numbers_are_learned(
     assert "confusion" not in result
     network, _ = load_recognizer(tmp_path / "out")
     made = predict(Predict(run=tmp_path / "out", data=str(listed), out=tmp_path / "told.csv", device="cpu"))
-    assert (made["samples"], made["counts"]) == (6, None)
+    assert made["samples"] == 6
+    multi = task == "multi"
+    assert (made["counts"] is None) == (not multi)
     with (tmp_path / "told.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", *network.recognition.outputs]
+    assert list(rows[0]) == ["path", *(["told"] if multi else []), *network.recognition.outputs]
+    if multi:
+        for row in rows:
+            above = [name for name in network.recognition.outputs if float(row[name]) > 0.5]
+            assert row["told"] == "|".join(above)
+        assert sum(made["counts"].values()) == sum(len(row["told"].split("|")) for row in rows if row["told"])
     if task == "regression":
         assert [float(row["value"]) for row in rows] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5], abs=0.5)
         assert to_targets(network.recognition, torch.tensor([[1.25, 0.5]]))[0].tolist() == pytest.approx(

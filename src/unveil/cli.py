@@ -389,7 +389,8 @@ def _tell_convert(result: dict[str, Any]) -> Iterator[str]:
 
 def _tell_export(result: dict[str, Any]) -> Iterator[str]:
     head = "" if result["head"] is None else " with its head"
-    yield f"Wrote {result['out']}: the encoder of {result['recipe']}{head}. It is loaded by"
+    what = "all of" if result["whole"] else "the encoder of"
+    yield f"Wrote {result['out']}: {what} {result['recipe']}{head}. It is loaded by"
     yield f"  {result['load']}"
     yield from result["notices"]
 

@@ -67,7 +67,7 @@ class Metrics:
     def __init__(self, out: Path, step: int) -> None:
         path = out / METRICS
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
         self._file = (out / METRICS).open("a", encoding="utf-8")

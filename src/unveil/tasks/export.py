@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unveil.checkpoint import FromRun
-from unveil.export import write_hf, write_onnx, write_timm
+from unveil.export import is_whole_mae, write_hf, write_onnx, write_timm
 from unveil.recognizer import Recognizer, load_any
 
 SUFFIXES = {"timm": (".safetensors", ".pth"), "hf": ("",), "onnx": (".onnx",)}
@@ -72,7 +72,8 @@ def export(options: Export) -> dict[str, Any]:
         raise ValueError(
             f"--head-classes {options.head_classes}: {options.run} is fine-tuned and brings its own head. Leave it out."
         )
-    clip, notices = model.recipe.clip, []
+    clip, notices = model.recipe.clip, list[str]()
+    whole = options.to == "hf" and is_whole_mae(model)
     if options.to == "timm":
         config = write_timm(options.out, model, 1000 if options.head_classes is None else options.head_classes)
         load = _timm_call(config, options.out)
@@ -99,6 +100,7 @@ def export(options: Export) -> dict[str, Any]:
         "out": str(options.out),
         "to": options.to,
         "recipe": f"{model.recipe.name} {model.recipe.size}",
+        "whole": whole,
         "head": list(model.recognition.outputs) if isinstance(model, Recognizer) else None,
         "load": load,
         "mean": list(clip.mean),

@@ -28,8 +28,8 @@ class Predict(FromRun):
     """Pictures, as for pretrain. If they have labels that fit (class folders, or a table's columns), what is told is also
     scored."""
     out: Path
-    """The .csv to write: the path of each picture, the class and its probability, and a column for each output. It must
-    not exist."""
+    """The .csv to write: the path of each picture, the class and its probability or the labels above 0.5, and a column for
+    each output. It must not exist."""
     batch_size: int = 256
     """Clips at once; no effect on the result but for the last digits."""
     workers: int = 0
@@ -60,9 +60,9 @@ def predict(options: Predict, on_progress: Callable[[int, int], None] | None = N
     """Run `unveil predict`; on_progress is told the samples done and their number.
 
     Returns:
-        "out"; "task"; "samples"; "counts" of each class told, of single classes; "scores" as `unveil.recognizer.score` has them
-        of the "scored" samples, whose labels are known, or None and why not in "unscored"; "skipped", files that could not be
-        read.
+        "out"; "task"; "samples"; "counts" of each class or label told, None of numbers; "scores" as `unveil.recognizer.score`
+        has them of the "scored" samples, whose labels are known, or None and why not in "unscored"; "skipped", files that
+        could not be read.
 
     Raises:
         ValueError: the run is not fine-tuned, the file exists, or no sample can be read.
@@ -79,13 +79,14 @@ def predict(options: Predict, on_progress: Callable[[int, int], None] | None = N
     loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=options.workers)
     single = recognition.task == "single"
     digits = ".12g" if recognition.task == "regression" else ".6g"  # dates in seconds have ten
-    fixed = ["path", *(["told", "probability"] if single else [])]
+    told = {"single": ["told", "probability"], "multi": ["told"], "regression": []}[recognition.task]
+    fixed = ["path", *told]
     header = [*fixed, *(f"{name} (output)" if name in fixed else name for name in recognition.outputs)]
     truth, unscored = _truth(source, recognition)
     rows: list[list[str]] = []
     outputs_of: list[Tensor] = []
     indices: list[int] = []
-    counts = dict.fromkeys(recognition.outputs, 0) if single else None
+    counts = None if recognition.task == "regression" else dict.fromkeys(recognition.outputs, 0)
     skipped = [(bad.where, bad.reason) for bad in source.skipped]
     with replacing(options.out) as part:  # made first, so that a name that cannot be written is found before the work
         for batch in loader:
@@ -97,10 +98,13 @@ def predict(options: Predict, on_progress: Callable[[int, int], None] | None = N
                     indices += batch.indices.tolist()
                 for index, output in zip(batch.indices.tolist(), outputs, strict=True):
                     row = [as_text(source.where(index))]
+                    best = recognition.outputs[int(output.argmax())]
+                    names = (
+                        [best] if single else [n for n, p in zip(recognition.outputs, output, strict=True) if p > 0.5]
+                    )
                     if counts is not None:
-                        best = int(output.argmax())
-                        counts[recognition.outputs[best]] += 1
-                        row += [recognition.outputs[best], f"{output[best].item():.4f}"]
+                        counts.update({name: counts[name] + 1 for name in names})
+                        row += ["|".join(names), *([f"{output.max().item():.4f}"] if single else [])]
                     rows.append(row + [f"{value:{digits}}" for value in output.tolist()])
             if on_progress is not None:
                 on_progress(len(rows), len(samples))

@@ -279,13 +279,16 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
         "out": str(options.out),
     }
     colours = palette(num_classes)
-    pictures = [test_samples[0, i].clip for i in test_rows[:SHOWN].tolist()]
+    shown = (
+        torch.linspace(0, len(truth) - 1, min(SHOWN, len(truth))).round().long()
+    )  # of the whole folder, not its first class
+    pictures = [test_samples[0, i].clip for i in test_rows[shown].tolist()]
     sheet = [
         ("pictures", [picture for picture in pictures if picture is not None]),
-        ("truth; black has no class", [_painted(label_map, colours) for label_map in truth[:SHOWN]]),
+        ("truth; black has no class", [_painted(label_map, colours) for label_map in truth[shown]]),
         (
             "prediction from the encoder's patches",
-            [_painted(label_map, colours) for label_map in predictions[0][:SHOWN]],
+            [_painted(label_map, colours) for label_map in predictions[0][shown]],
         ),
     ]
     save_png(options.out / SHEET, contact_sheet(sheet))
