@@ -19,7 +19,7 @@ from unveil.checkpoint import write_atomically
 from unveil.features import usual_pool
 from unveil.foreign import HF_BLOCK
 from unveil.model import AnyModel, MaskedDiffusionAutoencoder
-from unveil.recognizer import Recognizer
+from unveil.recognizer import Recognizer, standard_of
 
 # Shapes that timm has a name for; all else is given to its base model as arguments.
 TIMM_NAMES = {
@@ -77,9 +77,9 @@ def _table(positions: Tensor, num_class_tokens: int) -> Tensor:
 
 def _head(model: Recognizer) -> dict[str, Tensor]:
     """Weight and bias of a fine-tuned network's last Linear, for numbers in their own units."""
-    told = model.recognition
-    scale = model.scale if told.scale else torch.ones(len(told.outputs))
-    offset = model.offset if told.offset else torch.zeros(len(told.outputs))
+    offset, scale = torch.zeros(1), torch.ones(1)
+    if model.recognition.task == "regression":
+        offset, scale = standard_of(model.recognition)
     return {
         "weight": (model.head.weight * scale[:, None]).float(),
         "bias": (model.head.bias * scale + offset).float(),

@@ -25,9 +25,6 @@ class Recognizer(Backbone):
     With the pool "mean" the norm comes after it, as in MAE's fine-tuning; with "class" before it, over each token.
     """
 
-    offset: Tensor
-    scale: Tensor
-
     def __init__(self, recipe: Recipe, recognition: Recognition) -> None:
         super().__init__(
             recipe, final_norm=False, told=recipe.time_in_encoder, drop_path=recognition.training.drop_path
@@ -39,9 +36,6 @@ class Recognizer(Backbone):
         self.head = nn.Linear(recipe.encoder.embed_dim, len(recognition.outputs))
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
-        # float64, for numbers that are large beside their spread, as dates are
-        self.register_buffer("offset", torch.tensor(recognition.offset, dtype=torch.float64), persistent=False)
-        self.register_buffer("scale", torch.tensor(recognition.scale, dtype=torch.float64), persistent=False)
 
     def pooled(self, clip: Tensor) -> Tensor:
         """(B, C, T, H, W) to (B, D), what the head reads."""
@@ -57,12 +51,14 @@ class Recognizer(Backbone):
             return self.head(pooled.float())
 
     def tell(self, output: Tensor) -> Tensor:
-        """Logits or standardised numbers as probabilities of classes, or of each label, or as numbers in float64, (B, K)."""
+        """Logits or standardised numbers as probabilities of classes or labels, or as numbers, (B, K) float64 on the CPU."""
         if self.recognition.task == "single":
             return output.softmax(1)
         if self.recognition.task == "multi":
             return output.sigmoid()
-        return output * self.scale + self.offset
+        # on the CPU, as not every device has float64, which numbers need that are large beside their spread, as dates are
+        offset, scale = standard_of(self.recognition)
+        return output.cpu().double() * scale + offset
 
     @torch.inference_mode()
     def predict(self, clip: Tensor) -> Tensor:
@@ -275,13 +271,19 @@ def load_recognizer(path: str | Path, device: torch.device | str = "cpu") -> tup
     return model.to(device).eval(), about
 
 
+def standard_of(recognition: Recognition) -> tuple[Tensor, Tensor]:
+    """By what numbers are standardised, (K,) float64 each."""
+    offset, scale = (torch.tensor(value, dtype=torch.float64) for value in (recognition.offset, recognition.scale))
+    return offset, scale
+
+
 def to_targets(recognition: Recognition, truth: Tensor) -> Tensor:
     """Truth as `score` wants it, to targets (n, K) float."""
     if recognition.task == "single":
         return F.one_hot(truth, len(recognition.outputs)).float()
     if recognition.task == "multi":
         return truth.float()
-    offset, scale = (torch.tensor(value, dtype=torch.float64) for value in (recognition.offset, recognition.scale))
+    offset, scale = standard_of(recognition)
     return ((truth - offset) / scale).float()
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 def _linear_betas(num_steps: int) -> Tensor:
     """1e-4 to 0.02 at 1,000 steps, scaled for other counts so that the whole noise stays the same."""
     scale = 1000 / num_steps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64, device="cpu")
 
 
 def _cosine_betas(num_steps: int) -> Tensor:
     """Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17: s = 0.008, no beta above 0.999."""
-    times = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    times = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
@@ -40,7 +40,8 @@ class DiscreteSchedule:
         betas = {"linear": _linear_betas, "cosine": _cosine_betas}[kind](num_steps).clamp(max=0.999)
         self.num_steps = self.end = num_steps
         self.betas = betas**rho
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - self.betas).cumprod(0)])
+        # on the CPU, also of a model that is built for its names and shapes alone
+        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - self.betas).cumprod(0)])
         self._rates = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
         self._on_device: dict[torch.device, Tensor] = {self._rates.device: self._rates}
 
