@@ -80,6 +80,13 @@ def file_of(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     return file
 
 
+def test_mae_sts_own_key_is_known(tmp_path: Path) -> None:
+    """Its fine-tuning reads files whose weights stand under "model" or "model_state"."""
+    torch.save({"model_state": plain_names(), "epoch": 3}, tmp_path / "theirs.pth")
+    result = convert(Convert(source=tmp_path / "theirs.pth", out=tmp_path / "out.safetensors", **HEADS))  # type: ignore[arg-type]
+    assert result["kind"] == "mae_st"
+
+
 def plain_names() -> dict[str, Tensor]:
     return {name.removeprefix("param/"): value.clone() for name, value in mae_st().items()}
 

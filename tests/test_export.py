@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from small import build, clips_for, shipped, small
 from torch import Tensor
 from torch.testing import assert_close
@@ -26,13 +28,15 @@ from unveil.checkpoint import WEIGHTS, About, load_model, save_weights
 from unveil.cli import main
 from unveil.config import Network
 from unveil.convert_vit import Told, from_vit
+from unveil.data import Samples
 from unveil.export import TIMM_NAMES, EncoderGraph, RecognizerGraph, to_timm, write_onnx
 from unveil.features import encoder_features
 from unveil.finetuning import SMALL, Recognition
 from unveil.masking import Mask, gather
 from unveil.model import MaskedDiffusionAutoencoder, model_of
 from unveil.recipe import Recipe
-from unveil.recognizer import Recognizer
+from unveil.recognizer import Recognizer, load_recognizer
+from unveil.sources import open_source
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.export import Export, export
 
@@ -220,6 +224,28 @@ def test_the_preprocessor_is_read_by_its_library(tmp_path: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert list(processor.image_mean) == list(recipe.clip.mean)
     assert list(processor.image_std) == list(recipe.clip.std)
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 60, 3)).astype(np.uint8))
+    wide.save(tmp_path / "wide.png")
+    source = open_source(str(tmp_path / "wide.png"), 3)
+    ours = Samples(source, recipe.clip, 0, None)[0, 0].clip
+    assert ours is not None
+    theirs = processor(wide, return_tensors="pt")["pixel_values"]
+    # they round to 8 bits after scaling, and before normalising
+    assert_close(theirs, normalised(ours[None], recipe.clip.mean, recipe.clip.std), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_numbers_that_float32_would_round_go_to_onnx_alone(tmp_path: Path) -> None:
+    """Dates in seconds."""
+    ours = tuned(tmp_path / "run", "regression", "class")
+    told = dataclasses.replace(ours.recognition, offset=(1.7e9, 0.0, 1.0), scale=(56.0, 1.0, 1.0))
+    about = About(step=1, images_seen=1, ema_decay=None, data="x", command="x")
+    save_weights(tmp_path / WEIGHTS, ours.recipe, ours.state_dict(), about, told)
+    for to, name in (("timm", "x.pth"), ("hf", "x")):
+        with pytest.raises(ValueError, match=r"'cat' is about 1.7e\+09 with a spread of 56, which a head of float32"):
+            export(Export(run=tmp_path, to=to, out=tmp_path / name))  # type: ignore[arg-type]
+    graph = RecognizerGraph(load_recognizer(tmp_path)[0])
+    assert graph(clips_for(ours.recipe, 3)[:, :, 0])[0].dtype == torch.float64
 
 
 # ONNX
@@ -344,7 +370,7 @@ def test_onnxruntime_tells_what_a_fine_tuned_network_tells(tmp_path: Path) -> No
     assert json.loads(session.get_modelmeta().custom_metadata_map["outputs"]) == ["cat", "dog", "owl"]
     x = clips_for(ours.recipe, 4)
     told, pooled = session.run(["told", "pooled"], {"pixels": x[:, :, 0].numpy()})
-    assert_close(torch.from_numpy(told), ours.predict(x).float(), rtol=1e-4, atol=1e-4)
+    assert_close(torch.from_numpy(told), ours.predict(x), rtol=1e-4, atol=1e-4)
     assert_close(torch.from_numpy(pooled), ours.pooled(x), rtol=1e-4, atol=1e-4)
 
 

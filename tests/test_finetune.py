@@ -24,22 +24,22 @@ from timm.models.vision_transformer import VisionTransformer
 
 from unveil import cli, finetuning
 from unveil import recognition_job as job_module
-from unveil.checkpoint import BEST, LAST, WEIGHTS, About, load_model, read_header, save_weights
+from unveil.checkpoint import BEST, LAST, WEIGHTS, About, load_model, save_weights
 from unveil.data import Samples, open_source
 from unveil.features import encoder_features
 from unveil.finetuning import SMALL, Recognition, preset_of
 from unveil.layers import Block
-from unveil.metrics import accuracy, knn_predictions
+from unveil.metrics import accuracy, confusion, knn_predictions
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import layer_decay_groups
 from unveil.recipe import section_from_dict, to_dict
 from unveil.recognizer import (
     Recognizer,
     blend,
-    from_pretrained,
     load_recognizer,
     resample_positions,
     score,
+    tensors_for,
     to_targets,
 )
 from unveil.sources import Listed
@@ -49,6 +49,7 @@ from unveil.tasks.finetune import Finetune, finetune, split, training_of
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
+from unveil.tokens import sincos_positions
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
@@ -163,7 +164,7 @@ def test_the_head_reads_the_features_that_were_pretrained(name: str) -> None:
             continue
         told = recognition(pool=pool)
         network = Recognizer(recipe, told).eval()
-        network.load_state_dict({**network.state_dict(), **from_pretrained(model, recipe, told)})
+        network.load_state_dict({**network.state_dict(), **tensors_for(model, recipe, told)})
         pooled = network.pooled(clips)
         if pool == "class":
             torch.testing.assert_close(pooled, encoder_features(model, "class")(clips, torch.arange(3)))
@@ -183,9 +184,9 @@ def test_the_head_reads_the_features_that_were_pretrained(name: str) -> None:
 def test_only_the_head_is_new(run: Path) -> None:
     model, _ = load_model(run)
     network = Recognizer(model.recipe, recognition())
-    fresh = network.state_dict().keys() - from_pretrained(model, model.recipe, recognition()).keys()
+    fresh = network.state_dict().keys() - tensors_for(model, model.recipe, recognition()).keys()
     assert fresh == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    fresh = network.state_dict().keys() - from_pretrained(model, model.recipe, recognition(pool="class")).keys()
+    fresh = network.state_dict().keys() - tensors_for(model, model.recipe, recognition(pool="class")).keys()
     assert fresh == {"head.weight", "head.bias"}
     assert network.head.weight.std().item() == pytest.approx(2e-5, rel=0.2)  # MAE's: the first prediction is even
     assert not network.head.bias.any()
@@ -195,7 +196,7 @@ def test_only_the_head_is_new(run: Path) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     recipe = small(name)
     network = Recognizer(recipe, recognition())
-    network.load_state_dict({**network.state_dict(), **from_pretrained(build(recipe), recipe, recognition())})
+    network.load_state_dict({**network.state_dict(), **tensors_for(build(recipe), recipe, recognition())})
     torch.nn.init.normal_(network.head.weight)
     F.cross_entropy(network(clips_for(recipe, 4)), torch.arange(4)).backward()
     silent = {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
@@ -207,12 +208,12 @@ def test_learned_positions_are_resampled_as_timm_does() -> None:
     recipe = small("umd")
     other = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, height=24, width=32))
     model = build(recipe)
-    kept = from_pretrained(model, other, recognition())["encoder.positions.pos_embed"]
+    kept = tensors_for(model, other, recognition())["encoder.positions.pos_embed"]
     old = model.encoder.positions.pos_embed.detach()
     expected = resample_abs_pos_embed(old[None], [6, 8], [4, 4], num_prefix_tokens=0)[0]
     torch.testing.assert_close(kept, expected)
     network = Recognizer(other, recognition())
-    network.load_state_dict({**network.state_dict(), **from_pretrained(model, other, recognition())})
+    network.load_state_dict({**network.state_dict(), **tensors_for(model, other, recognition())})
     assert network(clips_for(other, 2)).shape == (2, 10)
 
 
@@ -695,7 +696,7 @@ def test_pieces_of_a_batch_add_up(tmp_path: Path, run: Path) -> None:
 
 def test_from_scratch_is_the_same_network_with_drawn_weights(tmp_path: Path, run: Path) -> None:
     result = tuned(run, tmp_path / "out", from_scratch=True, epochs=1, batch_size=360, blr=1e-12)
-    assert (result["loaded"], result["start"]) == (0, "random weights")
+    assert (result["loaded"], result["start"]) == (1, "random weights")  # positions, which begin as the fixed table
     new, old = load_recognizer(tmp_path / "out")[0], load_model(run)[0]
     assert not new.encoder.blocks[0].attn.qkv.weight.allclose(old.encoder.blocks[0].attn.qkv.weight, atol=1e-3)
     pretrained = tuned(run, tmp_path / "other", epochs=1, batch_size=360, blr=1e-12)
@@ -709,8 +710,13 @@ def test_another_picture_size(tmp_path: Path, name: str) -> None:
     run = save(tmp_path / "run", name)
     result = tuned(run, tmp_path / "out", image_size="12x8", epochs=1, labels_per_class=5, batch_size=50)
     assert (result["train_samples"], result["test_samples"]) == (50, 360)
-    clip = read_header(tmp_path / "out")[0].clip
-    assert (clip.height, clip.width) == (12, 8)
+    network, old = load_recognizer(tmp_path / "out")[0], load_model(run)[0]
+    assert (network.recipe.clip.height, network.recipe.clip.width) == (12, 8)
+    expected = resample_positions(old.encoder.positions.table(), old.recipe.clip.grid, network.recipe.clip.grid)
+    trained = network.encoder.positions.table()
+    assert (trained - expected).abs().max() < 0.1  # one epoch moves them little; a new table would be up to 2 away
+    assert (trained - sincos_positions(32, network.recipe.clip.grid)).abs().max() > 0.3 or name == "umd"
+    assert "encoder.positions.pos_embed" in dict(network.named_parameters())
 
 
 def test_a_fifth_is_held_out(tmp_path: Path, run: Path) -> None:
@@ -740,13 +746,18 @@ def test_what_is_tested_and_trained_on_is_counted(tmp_path: Path, run: Path, lis
 
 
 def test_broken_test_files_are_told(tmp_path: Path, run: Path, listed: Path) -> None:
-    (listed.parent / "pictures/3.png").write_bytes(b"no picture")
+    (listed.parent / "pictures/0.png").write_bytes(b"no picture")
     given = {"data": "digits:test", "epochs": 1, "batch_size": 180}
     copy = listed.with_name("digits.csv")
     copy.write_text(listed.read_text().replace(",cat,", ",1,").replace(",dog,", ",2,"))
     result = tuned(run, tmp_path / "out", test_data=str(copy), **given)
     assert result["test_samples"] == 5
-    assert result["test_problems"][0]["where"] == "pictures/3.png"
+    assert result["test_problems"][0]["where"] == "pictures/0.png"
+    assert np.sum(result["confusion"], 1).tolist() == [0, 2, 3, 0, 0, 0, 0, 0, 0, 0]  # 0.png was a cat, 1
+    network, _ = load_recognizer(tmp_path / "out")
+    samples = Samples(open_source(str(copy), 1), network.recipe.clip, 0, None)
+    told = network.predict(torch.stack([samples[0, i].clip for i in range(1, 6)]))  # type: ignore[misc]
+    assert result["confusion"] == confusion(told.argmax(1), torch.tensor([2, 1, 2, 1, 2]), 10).tolist()
     for i in range(6):
         (listed.parent / f"pictures/{i}.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="The first samples of the test data cannot be read"):

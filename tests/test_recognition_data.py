@@ -203,7 +203,7 @@ def test_pieces_are_the_same_as_long_as_pictures_are_blended(
     with monkeypatch.context() as patch:
         interrupt(patch)
         tuned(run, data, tmp_path / "out", mixup=0.8, epochs=3)
-    with pytest.raises(ValueError, match="a run with --accumulate 1, which decides what MixUp and CutMix blend"):
+    with pytest.raises(ValueError, match="--accumulate 1, which decides what is blended and which paths are dropped"):
         tuned(run, data, tmp_path / "out", mixup=0.8, epochs=3, accumulate=2)
     with pytest.raises(ValueError, match="--accumulate 8 leaves single pictures of a batch of 8"):
         tuned(run, data, tmp_path / "new", mixup=0.8, accumulate=8)
@@ -376,11 +376,24 @@ def test_numbers_and_labels_of_a_table_are_scored(tmp_path: Path, run: Path) -> 
         json.loads((tmp_path / "a" / "evaluation.json").read_text())["last"], rel=1e-5
     )
     labels = table(tmp_path / "labels", {"label": ["sea|sky", "sea", "", "owl"] * 5})
-    tuned(run, labels, tmp_path / "b", task="multi", test_data=str(labels))
+    (labels.parent / "0.png").write_bytes(b"broken")
+    tuned(run, labels, tmp_path / "b", task="multi", test_data=str(labels), epochs=4)
     made = predict(Predict(run=tmp_path / "b", data=str(labels), out=tmp_path / "b.csv", device="cpu"))
+    assert made["scored"] == 19
+    with (tmp_path / "b.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    there = [int(name in set(["sea|sky", "sea", "", "owl"][int(row["path"][:-4]) % 4].split("|"))) for row in rows
+             for name in ("owl", "sea", "sky")]  # fmt: skip
+    told = [int(float(row[name]) > 0.5) for row in rows for name in ("owl", "sea", "sky")]
+    right = 100 * np.mean(np.array(there) == np.array(told))
+    assert made["scores"]["labels_right"] == pytest.approx(right)
     assert made["scores"] == pytest.approx(
         json.loads((tmp_path / "b" / "evaluation.json").read_text())["last"], rel=1e-5
     )
+    other = labels.with_name("tags.csv")
+    other.write_text(labels.read_text().replace("label", "tags"))
+    made = predict(Predict(run=tmp_path / "b", data=str(other), out=tmp_path / "c.csv", device="cpu"))
+    assert "it has no columns owl, sea, sky, and no column label" in made["unscored"]
 
 
 # Going on from a fine-tuned network
@@ -471,3 +484,36 @@ def test_a_pretraining_takes_the_size_of_what_it_starts_from(tmp_path: Path) -> 
     )
     assert on["loaded"] == on["tensors"]
     assert load_any(tmp_path / "b")[0].recipe.size == "Nano/4"
+
+
+def test_a_probe_holds_out_files_and_not_rows(tmp_path: Path, run: Path) -> None:
+    """A table that lists every file twice: the nearest neighbour of a held-out row must not be its own copy."""
+    root = tmp_path / "data"
+    paths = [f"{i}.png" for i in range(20)] + [str(root / f"{i}.png") for i in range(20)]
+    table(root, {"label": ["a", "b"] * 20})
+    labels = [str(label) for label in np.random.default_rng(0).integers(0, 2, 20)]
+    listed = table(root, {"path": paths, "label": labels * 2})
+    result = probe(Probe(run=run, data=str(listed), device="cpu", method="knn", k=(1,), baselines=False))
+    assert result["train_samples"] + result["test_samples"] == 40
+    assert result["test_samples"] % 2 == 0
+    assert result["results"]["encoder"]["knn"] < 100
+
+
+def test_a_batch_is_no_larger_than_the_data(tmp_path: Path, run: Path) -> None:
+    """And the learning rate is that of the batch that there is."""
+    data = folders(tmp_path / "data")
+    tuned(run, data, tmp_path / "out", batch_size=1024)
+    training = load_recognizer(tmp_path / "out")[0].recognition.training
+    assert training.batch_size == 16
+    assert training.lr == pytest.approx(training.base_lr * 16 / 256)
+
+
+def test_a_run_goes_on_whatever_fields_are_newer(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folders(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        tuned(run, data, tmp_path / "out", epochs=3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["recognition"]["training"]["erase"]  # 0 by default, as in SMALL
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert tuned(run, data, tmp_path / "out", epochs=3)["finished"]

@@ -226,8 +226,8 @@ def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     if recognition is not None:
         raise ValueError(
             f"{file} holds a network fine-tuned for {len(recognition.outputs)} outputs: an encoder with a head, "
-            "and nothing that could paint, generate or be pre-trained on. Use it for predict, embed or export, or give the "
-            "pre-trained run."
+            "and nothing that could paint, generate or be pre-trained on. Use it for predict, probe, embed, finetune or "
+            "export, or give the pre-trained run."
         )
     with torch.random.fork_rng(
         devices=[]

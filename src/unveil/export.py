@@ -75,11 +75,20 @@ def _table(positions: Tensor, num_class_tokens: int) -> Tensor:
     return torch.cat([positions.new_zeros(num_class_tokens, positions.shape[1]), positions])[None]
 
 
+LARGE_OFFSET = 1e4  # times its spread; float32 then keeps three digits of what varies
+
+
 def _head(model: Recognizer) -> dict[str, Tensor]:
     """Weight and bias of a fine-tuned network's last Linear, for numbers in their own units."""
     offset, scale = torch.zeros(1), torch.ones(1)
     if model.recognition.task == "regression":
         offset, scale = standard_of(model.recognition)
+        far = (offset.abs() > LARGE_OFFSET * scale).nonzero().flatten().tolist()
+        if far:
+            raise ValueError(
+                f"The number {model.recognition.outputs[far[0]]!r} is about {offset[far[0]]:g} with a spread of "
+                f"{scale[far[0]]:.3g}, which a head of float32 would round. Use --to onnx, which tells it in float64."
+            )
     return {
         "weight": (model.head.weight * scale[:, None]).float(),
         "bias": (model.head.bias * scale + offset).float(),
@@ -151,6 +160,8 @@ def to_timm(model: AnyModel | Recognizer, head_classes: int) -> tuple[dict[str, 
             "input_size": [clip.channels, clip.height, clip.width],
             "mean": list(clip.mean),
             "std": list(clip.std),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
             "num_classes": head_classes,
         },
     }
@@ -263,7 +274,10 @@ def to_hf(model: AnyModel | Recognizer) -> tuple[dict[str, Tensor], dict[str, An
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": clip.height, "width": clip.width},
+        "size": {"shortest_edge": clip.height},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": clip.height, "width": clip.width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -283,7 +297,7 @@ class RecognizerGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), or (B, C, T, H, W) of a model of clips, to (B, K) and (B, D)."""
         pooled = self.model.pooled(pixels if self.model.recipe.clip.frames > 1 else pixels[:, :, None])
-        return self.model.tell(self.model.head(pooled)).float(), pooled
+        return self.model.tell(self.model.head(pooled)), pooled
 
 
 class EncoderGraph(nn.Module):

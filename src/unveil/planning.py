@@ -47,7 +47,7 @@ class TrainingOptions:
 
     accumulate: int = 1
     """Pieces that a batch is computed in, one after another, when it does not fit into memory. The result is the same but
-    for the last digits, and for MixUp and CutMix, which blend within a piece."""
+    for the last digits, and for drop path, MixUp and CutMix, which are drawn for each piece."""
 
     seed: int = 0
     """Fixes the initial weights, the order, and every draw."""
@@ -114,7 +114,7 @@ def prepare(
     workers = options.workers
     if workers is None:
         workers = 0 if fits else min(torch.get_num_threads(), len(source))
-    if len(source) < recipe.training.batch_size and options.batch_size is None:
+    if len(source) < recipe.training.batch_size:  # and the learning rate with it
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(source)))
     device = pick_device(options.device)
     run = Run(

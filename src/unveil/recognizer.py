@@ -111,9 +111,10 @@ def resampled(state: dict[str, Tensor], old: Grid, new: Grid) -> dict[str, Tenso
     }
 
 
-def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -> dict[str, Tensor]:
+def tensors_for(model: Backbone, recipe: Recipe, recognition: Recognition) -> dict[str, Tensor]:
     """The tensors that a `Recognizer` of this recipe takes from a pre-trained model: all but the head, and but the norm
-    after a mean of patches, which the model never saw. Learned positions are resampled if the grid is another.
+    after a mean of patches, which the model never saw. Positions are resampled if the grid is another, also fixed ones
+    that become learned.
 
     From a fine-tuned network: its norm too, if the pool is the same, and its head, if the classes or labels are."""
     state = model.state_dict()
@@ -131,6 +132,8 @@ def from_pretrained(model: Backbone, recipe: Recipe, recognition: Recognition) -
     elif recognition.pool == "class":
         norm = "encoder.norm." if recipe.decoder is not None else "head.norm."
         kept |= {"fc_norm." + name.removeprefix(norm): v for name, v in state.items() if name.startswith(norm)}
+    if recipe.network.positions == "learned":  # perhaps fixed ones, which are a table all the same
+        kept[POSITIONS + "pos_embed"] = model.encoder.positions.table().detach()
     old, new = model.recipe.clip.grid, recipe.clip.grid
     return kept if old == new else resampled(kept, old, new)
 

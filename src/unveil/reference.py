@@ -239,7 +239,8 @@ def largest_difference(
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     x = (pictures - model.mean) / model.std
     if kind == "videomae":
-        return _largest(_videomae_tokens(model, tensors, config, x), model.encode(pictures)), "tokens"
+        with torch.random.fork_rng(devices=[]):
+            return _largest(_videomae_tokens(model, tensors, config, x), model.encode(pictures)), "tokens"
     x = x[:, :, 0]
     with torch.random.fork_rng(devices=[]):
         if library_of(kind, tensors) == "transformers":

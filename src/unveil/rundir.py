@@ -13,7 +13,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from unveil.checkpoint import write_atomically
-from unveil.recipe import recipe_from_dict, to_dict
+from unveil.finetuning import Recognition
+from unveil.recipe import recipe_from_dict, section_from_dict, to_dict
 
 Precision = Literal["fp32", "bf16"]
 CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
@@ -33,7 +34,8 @@ class Run:
     save_minutes: time between saves; one more is made at the end and when the run is interrupted.
     classes: the names of the classes, for a recipe that has them.
     start: the weights that it starts from, as given by the user; None for drawn ones.
-    accumulate: pieces that a batch is computed in, one after another; the same gradient but for the last digits.
+    accumulate: pieces that a batch is computed in, one after another; the same gradient but for the last digits, and but for
+        drop path and blending, which are drawn for each piece.
     """
 
     data: str
@@ -166,6 +168,8 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
 
     with contextlib.suppress(KeyError, ValueError):  # fields that are newer than the run have their defaults
         before["recipe"] = to_dict(recipe_from_dict(before["recipe"]))
+        if before.get("recognition"):
+            before["recognition"] = to_dict(section_from_dict(Recognition, before["recognition"]))
 
     def differences(a: Any, b: Any, where: str) -> Iterator[str]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -188,10 +192,10 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
             f"{out} holds a run of other samples: files, their labels or what is held out have changed since. Choose another "
             "directory, or put the data back."
         )
-    if "blended_in" in before and before["blended_in"] != config.get("blended_in"):
+    if "pieces" in before and before["pieces"] != config.get("pieces"):
         raise ValueError(
-            f"{out} holds a run with --accumulate {before['blended_in']}, which decides what MixUp and CutMix blend. Give the "
-            "same, or choose another directory."
+            f"{out} holds a run with --accumulate {before['pieces']}, which decides what is blended and which paths are "
+            "dropped. Give the same, or choose another directory."
         )
 
 

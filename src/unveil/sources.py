@@ -151,7 +151,7 @@ def cell_text(value: Any) -> str:
     """
     if value is None or value != value:  # not a number: a gap, too
         return ""
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, str | int | float):
         raise TypeError

@@ -23,7 +23,7 @@ from unveil.model import AnyModel, model_of
 from unveil.recipe import to_dict
 from unveil.reference import is_installed, largest_difference, library_of
 
-SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 # Of DiT's published training script, whose files hold the weights and their running average.
 DIT_EMA_DECAY = 0.9999
 TENSORS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -39,7 +39,7 @@ class Convert:
     """
 
     source: Path
-    """A .safetensors, an .npz of flax parameters with names joined by "/", a .pt or .pth (a running average is taken
+    """A .safetensors, an .npz of flax parameters with names joined by "/", a .pt, .pth or .bin (a running average is taken
     if there is one), or a folder of Hugging Face or timm with model.safetensors and config.json. No code in it is run."""
     out: Path
     """The .safetensors file to write; it must not exist."""
@@ -96,7 +96,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             f"--source {path} cannot be read ({reason}). Is the file whole, and of numbers only?"
         ) from None
     averaged = False
-    for key in ("ema", "model"):
+    for key in ("ema", "model", "model_state"):  # the last of MAE-ST
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content, averaged = content[key], key == "ema"
             break

@@ -22,13 +22,14 @@ from unveil.recipe import Recipe, to_dict
 from unveil.recognition_job import RecognitionJob, told
 from unveil.recognition_report import write_report
 from unveil.recognizer import (
+    POSITIONS,
     Recognizer,
     always_the_same,
-    from_pretrained,
     load_any,
     load_recognizer,
     score,
     score_each,
+    tensors_for,
 )
 from unveil.sources import Chosen, check_classes, files_of, trained_on_too
 from unveil.targets import Truth, chosen_truth, truth_of
@@ -61,7 +62,7 @@ class Finetune(TrainingOptions, FromRun):
     """Epochs of linear warm-up. Default: the preset's, 3 for small and 5 for the others."""
     crop_scale: float | None = None
     """Smallest share of a picture's area that a random crop keeps; 1 for no cropping. Default: the preset's, 0.4 for small
-    and 0.08 for the others; 1 if it was pre-trained without cropping, as on digits."""
+    and 0.08 for the others; 1 if it was pre-trained with neither cropping nor mirroring, as on digits."""
     flip: bool | None = None
     """Mirror half of the pictures. Default: as it was pre-trained."""
     ema_decays: tuple[float, ...] | None = None
@@ -155,9 +156,9 @@ def training_of(options: Finetune, recipe: Recipe, num_samples: int) -> FineTuni
                 f"{recipe.clip.channels}. Drop it."
             )
         given["randaugment_ops"] = 0
-    if not recipe.training.flip:  # digits, and whatever else was pre-trained without mirroring
+    if not recipe.training.flip:  # whatever was pre-trained without mirroring, as text
         given["flip"] = False
-    if recipe.training.crop_scale == 1:
+    if not recipe.training.flip and recipe.training.crop_scale == 1:  # digits
         given["crop_scale"] = 1.0
         given.setdefault("randaugment_ops", 0)  # eight pixels leave nothing to shear
     training = dataclasses.replace(training, **given)
@@ -296,6 +297,8 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     if options.image_size is not None:
         height, width = parse_image_size(options.image_size)
         recipe = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, height=height, width=width))
+    if recipe.network.positions == "sincos":  # trained from here on, as in MAE's fine-tuning
+        recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, positions="learned"))
     if options.eval_epochs is not None and options.eval_epochs < 1:
         raise ValueError(f"--eval-epochs {options.eval_epochs}: evaluate after every epoch (1), or after several.")
     source, truth, test, test_truth = split(options, recipe)
@@ -305,8 +308,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
             f"{len(test)} test sample has no spread to be explained, which R2 measures. Give more --test-data."
         )
     training = training_of(options, recipe, len(source))
-    if options.batch_size is None:
-        training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
+    training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
     if (training.mixup or training.cutmix) and training.batch_size < 2 * options.accumulate:
         raise ValueError(
             f"--accumulate {options.accumulate} leaves single pictures of a batch of {training.batch_size}, and MixUp and "
@@ -330,7 +332,10 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         problem = test_samples[0, 0].problem
         raise ValueError(f"The first samples of the test data cannot be read: {problem}. Are these the right files?")
     _check_readable(samples, truth)
-    initial = {} if options.from_scratch else from_pretrained(model, recipe, recognition)
+    initial = tensors_for(model, recipe, recognition)
+    if options.from_scratch:  # but for a fixed table of positions, which is where learned ones begin too
+        fixed = model.recipe.network.positions == "sincos"
+        initial = {name: value for name, value in initial.items() if fixed and name == POSITIONS + "pos_embed"}
     eval_epochs = options.eval_epochs or max(1, training.epochs // 25)
     with torch.device("meta"):
         new = Recognizer(recipe, recognition).state_dict()
@@ -343,7 +348,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     outcome = run_job(
         make, to_dict(recipe), samples, run, on_progress, recognition=to_dict(recognition),
         test=options.test_data or "a fifth", digest=_digest(source, truth, test, test_truth),
-        blended_in=options.accumulate if training.mixup or training.cutmix else None,
+        pieces=options.accumulate if training.mixup or training.cutmix or training.drop_path else None,
     )  # fmt: skip
     tuned = ", fine-tuned" if isinstance(model, Recognizer) else ""
     result = {

@@ -49,7 +49,10 @@ def _truth(source: Source, recognition: Recognition) -> tuple[Truth | None, str 
         if all(name in there for name in recognition.outputs):
             columns = recognition.outputs
         elif recognition.task == "regression" or "label" not in there:
-            return None, None
+            missing = f"it has no columns {', '.join(recognition.outputs[:5])}" + (
+                ", and no column label." if recognition.task == "multi" else "."
+            )
+            return None, missing if isinstance(source, Listed) else None
     try:
         return truth_of(source, recognition.task, columns, recognition.outputs), None
     except ValueError as error:

@@ -18,7 +18,7 @@ from unveil.features import Pool, encoder_features, extract, raw_pixels, untrain
 from unveil.metrics import accuracy, choose_ridge, fewshot_predict, knn_predictions, ridge_predict
 from unveil.probing import LARS_BATCH, LarsProbe
 from unveil.recognizer import Recognizer, load_any, tuned_features
-from unveil.sources import as_text, check_classes, trained_on_too
+from unveil.sources import as_text, check_classes, files_of, trained_on_too
 
 Method = Literal["linear", "knn", "fewshot", "lars"]
 NEIGHBOURS = 20
@@ -289,6 +289,10 @@ def probe(options: Probe, on_progress: Callable[[int, int], None] | None = None)
         held[torch.randperm(len(labels), generator=draws.generator(options.seed, "held out"))[: len(labels) // 5]] = (
             True
         )
+        files = files_of(train_samples.source)
+        there = {files[i] for i in indices[held].tolist()}
+        # all rows of a file are on one side
+        held = torch.tensor([files[i] in there for i in indices.tolist()], dtype=torch.bool)
         test, truth = [x[held] for x in train], labels[held]
         train, labels, indices = [x[~held] for x in train], labels[~held], indices[~held]
         if not len(truth):
