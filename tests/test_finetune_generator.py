@@ -238,10 +238,10 @@ def test_the_clean_share_refuses(share: float) -> None:
 def test_a_batch_is_no_larger_than_the_data(tmp_path: Path, at_the_start: dict[str, Any]) -> None:
     photos(tmp_path / "photos")
     run = save(tmp_path / "run", "dit", channels=3)
-    recipe = begun(run, at_the_start, data=str(tmp_path / "photos"), batch_size=None)
-    assert recipe.training.batch_size == 6
-    recipe = begun(run, at_the_start, data=str(tmp_path / "photos"), batch_size=100)
-    assert recipe.training.batch_size == 100
+    for given in (None, 100):
+        recipe = begun(run, at_the_start, data=str(tmp_path / "photos"), batch_size=given)
+        assert recipe.training.batch_size == 6
+        assert recipe.training.lr == pytest.approx(recipe.training.base_lr * 6 / 256)
     assert at_the_start["run"].classes == ("bright", "dark")
 
 

@@ -91,7 +91,7 @@ def prepare(
     recipe: Recipe, source: Source, options: TrainingOptions, classes: tuple[str, ...] = (), start: str | None = None
 ) -> tuple[Recipe, Samples, Run]:
     """What `train` needs for a user's options: pictures are kept in memory if they fit, and are otherwise read by one worker
-    for each core; a batch whose size the user did not give is no larger than the data.
+    for each core; a batch is no larger than the data, and its learning rate goes with it.
 
     Raises:
         ValueError: an option is out of its range, or the device cannot be used.
