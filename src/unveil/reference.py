@@ -59,6 +59,27 @@ def _timm_tokens(model: AnyModel, tensors: Mapping[str, Tensor], config: Mapping
     return tokens
 
 
+def _hf_sizes(model: AnyModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Hugging Face config. Turns off its bars and warnings: what is left of a file is told here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    clip, e = model.recipe.clip, model.recipe.encoder
+    return {
+        "hidden_size": e.embed_dim,
+        "num_hidden_layers": e.depth,
+        "num_attention_heads": e.num_heads,
+        "intermediate_size": 4 * e.embed_dim,
+        "image_size": clip.height,
+        "patch_size": clip.patch_size,
+        "num_channels": clip.channels,
+        "layer_norm_eps": model.recipe.network.norm_eps,
+        **config,
+        "dtype": "float32",
+    }
+
+
 def _hf_difference(
     model: AnyModel,
     tensors: Mapping[str, Tensor],
@@ -67,25 +88,10 @@ def _hf_difference(
     x: Tensor,
 ) -> float:
     from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it would tell of tensors that are left, which is told here
 
     recipe = model.recipe
-    clip, e, d = recipe.clip, recipe.encoder, recipe.decoder
-    sizes = {
-        "hidden_size": e.embed_dim,
-        "num_hidden_layers": e.depth,
-        "num_attention_heads": e.num_heads,
-        "intermediate_size": 4 * e.embed_dim,
-        "image_size": clip.height,
-        "patch_size": clip.patch_size,
-        "num_channels": clip.channels,
-        "layer_norm_eps": recipe.network.norm_eps,
-        **config,
-        "dtype": "float32",
-    }
+    clip, d = recipe.clip, recipe.decoder
+    sizes = _hf_sizes(model, config)
     if model.parts:
         plain = {name.removeprefix("vit."): value.float() for name, value in tensors.items()}
         theirs = ViTModel.from_pretrained(
@@ -115,24 +121,12 @@ def _hf_difference(
 
 def _videomae_tokens(model: AnyModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor) -> Tensor:
     from transformers import VideoMAEConfig, VideoMAEModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it would tell of tensors that are left, which is told here
-    clip, e = model.recipe.clip, model.recipe.encoder
+    clip = model.recipe.clip
     sizes = {
-        "hidden_size": e.embed_dim,
-        "num_hidden_layers": e.depth,
-        "num_attention_heads": e.num_heads,
-        "intermediate_size": 4 * e.embed_dim,
-        "image_size": clip.height,
         "num_frames": clip.frames,
         "tubelet_size": clip.tubelet_size,
-        "patch_size": clip.patch_size,
-        "num_channels": clip.channels,
-        "layer_norm_eps": model.recipe.network.norm_eps,
-        **config,
-        "dtype": "float32",
+        **_hf_sizes(model, config),
         "use_mean_pooling": False,  # or its encoder has no last norm
     }
     theirs = VideoMAEModel.from_pretrained(
