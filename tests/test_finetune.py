@@ -733,8 +733,8 @@ def test_a_class_of_few_keeps_one_to_train_on(tmp_path: Path, run: Path) -> None
             for i in range(number):
                 Image.fromarray(np.full((8, 8), 9 * i + ord(name), np.uint8)).save(tmp_path / f"few/{name}/{i}.png")
         options = Finetune(run=run, data=str(tmp_path / "few"), out=tmp_path / "x", seed=seed)
-        source, truth, test, _ = split(options, load_model(run)[0].recipe)
-        assert (len(source), len(test)) == (10, 2)
+        source, truth, test, _, unlabelled = split(options, load_model(run)[0].recipe)
+        assert (len(source), len(test), unlabelled) == (10, 2, 0)
         assert truth.values.bincount().tolist() == [1, 2, 7]
 
 

@@ -189,11 +189,11 @@ HF_PROBLEMS = {
 
 def is_whole_mae(model: AnyModel | Recognizer) -> bool:
     """Whether Hugging Face's ViTMAEForPreTraining is the same model, decoder and all."""
+    if isinstance(model, Recognizer):
+        return False
     recipe = model.recipe
     d = recipe.decoder
     masked_only = len(recipe.branches) == 1 and recipe.noise_on == "none" and recipe.heads == ("x0",)
-    if isinstance(model, Recognizer):
-        return False
     return not model.parts and d is not None and d.kind == "joint" and d.summary == "tokens" and masked_only
 
 

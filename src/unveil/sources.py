@@ -160,11 +160,8 @@ def cell_text(value: Any) -> str:
 
 def _by_number(label: str) -> tuple[int, float, str]:
     """Whole numbers first, in their order, then words; 1 and 01 are different words."""
-    return (
-        0 if label.removeprefix("-").isdecimal() else 1,
-        int(label) if label.removeprefix("-").isdecimal() else 0,
-        label,
-    )
+    whole = label.removeprefix("-").isdecimal()
+    return (0, int(label), label) if whole else (1, 0, label)
 
 
 class Chosen:

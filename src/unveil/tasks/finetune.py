@@ -172,8 +172,8 @@ def training_of(options: Finetune, recipe: Recipe, num_samples: int) -> FineTuni
     return changed
 
 
-def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Truth]:
-    """Training and test samples with their truth, samples without a label left out.
+def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Truth, int]:
+    """Training and test samples with their truth, samples without a label left out, and how many of --data these are.
 
     Raises:
         ValueError: there are no labels, or too few samples or classes, or the two sets do not fit each other.
@@ -210,7 +210,13 @@ def split(options: Finetune, recipe: Recipe) -> tuple[Source, Truth, Source, Tru
                 + (f", nor of {len(empty) - 1} others" if len(empty) > 1 else "")
                 + ". Add some, or remove the class."
             )
-    return Chosen(source, rows), chosen_truth(truth, rows), Chosen(test, test_rows), chosen_truth(test_truth, test_rows)
+    return (
+        Chosen(source, rows),
+        chosen_truth(truth, rows),
+        Chosen(test, test_rows),
+        chosen_truth(test_truth, test_rows),
+        len(source) - len(known),
+    )
 
 
 def _held_out(known: list[int], truth: Truth, options: Finetune) -> set[int]:
@@ -244,12 +250,6 @@ def _some_of_each(rows: list[int], truth: Truth, options: Finetune) -> list[int]
                 f"--labels-per-class {number}, but the class {name!r} has {taken[c]} to train on. Use {taken[c]} or fewer."
             )
     return sorted(chosen)
-
-
-def _without_label(options: Finetune, source: Source) -> int:
-    """How many training samples were left out because nothing says what they are."""
-    whole = source.source if isinstance(source, Chosen) else source
-    return int((~truth_of(whole, options.task, options.label_columns).known).sum())
 
 
 def _check_readable(samples: Samples, truth: Truth) -> None:
@@ -301,8 +301,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, positions="learned"))
     if options.eval_epochs is not None and options.eval_epochs < 1:
         raise ValueError(f"--eval-epochs {options.eval_epochs}: evaluate after every epoch (1), or after several.")
-    source, truth, test, test_truth = split(options, recipe)
-    unlabelled = _without_label(options, source)
+    source, truth, test, test_truth, unlabelled = split(options, recipe)
     if options.task == "regression" and len(test) < 2:
         raise ValueError(
             f"{len(test)} test sample has no spread to be explained, which R2 measures. Give more --test-data."
