@@ -152,7 +152,7 @@ def test_bf16_changes_the_last_digits_only(variant: str) -> None:
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
     options = Pretrain(data="digits:test", out=tmp_path / "run", size="Nano/4", epochs=3, blr=1e30, save_minutes=0)
-    with pytest.raises(ValueError, match=r"became (infinite or no numbers|nan|inf)"):
+    with pytest.raises(ValueError, match=r"became infinite or no numbers|no number in \d+ steps in a row"):
         pretrain(options)
     if (tmp_path / "run" / "model.safetensors").exists():
         load_model(tmp_path / "run")  # refuses values that are no numbers

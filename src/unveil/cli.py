@@ -27,6 +27,7 @@ from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
+from unveil.tasks.replay import Replay, replay
 from unveil.tasks.segment import Segment, segment
 from unveil.train import Progress
 
@@ -44,6 +45,7 @@ Command = (
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
 )
 
 COMMANDS = (
@@ -60,6 +62,7 @@ COMMANDS = (
     "info",
     "convert",
     "export",
+    "replay",
 )
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
@@ -130,17 +133,30 @@ def _tell_training(result: dict[str, Any]) -> Iterator[str]:
     if result["resumed"] and result["steps_now"]:
         yield f"Went on from step {result['step'] - result['steps_now']}."
     yield f"{state}: step {result['step']} of {result['num_steps']}, {result['images_seen']} images seen{loss}."
+    for damaged in result["damaged_saves"]:
+        yield f"A damaged save was passed over: {damaged}."
+    if result["skipped_steps"]:
+        back = f", and the run went back to its last save {result['went_back']} times" if result["went_back"] else ""
+        yield (
+            f"Steps whose loss or gradient was no number: {result['skipped_steps']}. They were skipped{back}; the first "
+            f"ones' batches lie in {result['out']}/skipped, and `unveil replay` looks into them."
+        )
     if result["skipped"]:
         yield f"Files that could not be used: {result['skipped']}."
     for note, count in result["converted"].items():
         yield f"Converted pictures, of those that were read: {count} ({note})."
     if result["skipped"] or result["converted"]:
         yield f"They are listed in {result['out']}/problems.jsonl."
+    if "best" in result and "knn" in result["best"]:
+        best = result["best"]
+        yield f"Nearest neighbours in its features: {best['knn']:.1f} % right at best, at step {best['step']:,}."
     if result["finished"] and result["num_steps"] < FEW_STEPS and "task" not in result:
         little = "noisy samples" if "num_classes" in result else "little but colours"
         yield f"{result['num_steps']} steps are few: expect {little}. Give more --epochs, or a smaller --batch-size."
     if "task" not in result:
-        yield f"What it sees and paints: {result['out']}/contact_sheet.png. Weights: {result['out']}/model.safetensors."
+        yield (
+            f"Curves, and what it sees and paints: {result['out']}/report.html. Weights: {result['out']}/model.safetensors."
+        )
 
 
 # Numbers of a test set in words, by task.
@@ -335,6 +351,25 @@ def _tell_outputs(recognition: dict[str, Any]) -> str:
     return f"{what} {some}, from the mean of the {'class tokens' if recognition['pool'] == 'class' else 'patches'}"
 
 
+def _tell_replay(result: dict[str, Any]) -> Iterator[str]:
+    yield f"Step {result['step']:,}, {result['num_clips']} clips, which was computed in {result['precision']}:"
+    for title, told in (("as it was", result["as_it_was"]), ("in fp32", result["in_fp32"])):
+        loss = "no number" if told["loss"] is None else f"{told['loss']:.4g}"
+        bad = told["bad_gradients"]
+        gradients = f"no number in the gradient of {len(bad)} tensors, as {bad[0]}" if bad else "a gradient of numbers"
+        clips = f"; by themselves, clips {_listed(told['bad_clips'])}" if told["bad_clips"] else ""
+        yield f"{title}: loss {loss}, {gradients}{clips}."
+    if result["bad_input"]:
+        yield f"Values that are no numbers or outside [0, 1] are in clips {_listed(result['bad_input'])}."
+    if result["as_it_was"]["bad_gradients"] and not result["in_fp32"]["bad_gradients"]:
+        yield "So the precision is to blame: train with --precision fp32."
+
+
+def _listed(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - LISTED} more" if len(numbers) > LISTED else ""
+    return ", ".join(str(number) for number in numbers[:LISTED]) + more
+
+
 def _tell_info(result: dict[str, Any]) -> Iterator[str]:
     recipe, about = result["recipe"], result["about"]
     clip = recipe["clip"]
@@ -409,6 +444,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),
     Export: (export, _tell_export),
+    Replay: (replay, _tell_replay),
 }
 
 
@@ -445,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(result, allow_nan=False), flush=True)
     except BrokenPipeError:  # `| head` has read enough; Python would complain again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if result.get("finished") is False:
+    if result.get("interrupted") == "SIGINT":  # SIGTERM is a scheduler's way to ask for a save, which was made
         sys.exit(130)
 
 

@@ -24,6 +24,15 @@ def optimizer_for(model: nn.Module, training: Training) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
 
 
+def adam_state(parameter: Tensor) -> dict[str, Tensor]:
+    """What fused AdamW keeps of a parameter, to be filled from a save."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, decay: float) -> list[dict[str, Any]]:
     """Parameters of an encoder with a head by layer: "lr_scale" is decay ** (layers above it), as in MAE's fine-tuning.
 

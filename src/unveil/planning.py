@@ -60,7 +60,12 @@ class TrainingOptions:
     compile: bool = False
     """Compile the step with torch.compile; pays for long runs."""
     save_minutes: float = 2.0
-    """Minutes between saves and refreshed contact sheets."""
+    """Minutes between saves, which also refresh the contact sheet and report.html."""
+    keep: int = 2
+    """Saves to go on from that are kept; a damaged one is passed over for the one before it."""
+    wandb: str | None = None
+    """Log to this project at Weights & Biases too; needs pip install wandb. Without it, numbers are in
+    metrics.jsonl and tensorboard/ of the run."""
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -100,6 +105,8 @@ def prepare(
         raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2^63 - 1.")
     if not options.save_minutes >= 0:
         raise ValueError(f"--save-minutes {options.save_minutes}: use a number of minutes, at least 0.")
+    if options.keep < 1:
+        raise ValueError(f"--keep {options.keep}: at least 1 save is kept, to go on from.")
     if Path(options.data).is_dir() and options.out.resolve().is_relative_to(Path(options.data).resolve()):
         raise ValueError(
             f"--out {options.out} lies in {options.data}, where its pictures would be read as data. Choose another directory."
@@ -130,6 +137,8 @@ def prepare(
         classes=classes,
         start=start,
         accumulate=options.accumulate,
+        keep=options.keep,
+        wandb=options.wandb,
     )
     samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
     return recipe, samples, run

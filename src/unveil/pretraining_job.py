@@ -15,6 +15,7 @@ from unveil.data import Batch, Samples
 from unveil.losses import Draws, Objective, draw
 from unveil.masking import draw_mask
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.online_knn import NearestNeighbours
 from unveil.optim import lr_factor, optimizer_for
 from unveil.recipe import Recipe
 from unveil.rundir import Run
@@ -39,6 +40,7 @@ class PretrainingJob:
         self.model.to(run.device)
         self.objective = Objective(self.model)
         self.optimizer = optimizer_for(self.model, recipe.training)
+        self.neighbours = NearestNeighbours(samples, recipe, run) if samples.source.classes else None
 
     def _check_branches(self, batch_size: int) -> None:
         """Refuse a mask that rounds to nothing or everything, and a batch too small to give every branch a clip."""
@@ -85,7 +87,8 @@ class PretrainingJob:
         return what_it_sees(model, clips)
 
     def evaluates(self, epoch: int) -> bool:
-        return False
+        return self.neighbours is not None and self.neighbours.wanted(epoch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        raise AssertionError("nothing is evaluated in pre-training")
+        assert self.neighbours is not None and isinstance(model, MaskedDiffusionAutoencoder)
+        return self.neighbours.evaluate(model)

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import importlib
 import json
 import math
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,13 @@ from unveil.finetuning import Recognition
 from unveil.recipe import recipe_from_dict, section_from_dict, to_dict
 
 Precision = Literal["fp32", "bf16"]
-CONFIG, METRICS, STATE, SHEET, PROBLEMS = (
+CONFIG, METRICS, SHEET, PROBLEMS = (
     "config.json",
     "metrics.jsonl",
-    "state.pt",
     "contact_sheet.png",
     "problems.jsonl",
 )
+WANDB = "wandb-id.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Run:
     start: the weights that it starts from, as given by the user; None for drawn ones.
     accumulate: pieces that a batch is computed in, one after another; the same gradient but for the last digits, and but for
         drop path and blending, which are drawn for each piece.
+    keep: saves to go on from that are kept.
+    wandb: a project at Weights & Biases to log to as well.
     """
 
     data: str
@@ -50,6 +54,8 @@ class Run:
     classes: tuple[str, ...] = ()
     start: str | None = None
     accumulate: int = 1
+    keep: int = 2
+    wandb: str | None = None
 
 
 def _step_of(line: str) -> float:
@@ -61,24 +67,40 @@ def _step_of(line: str) -> float:
 
 
 class Metrics:
-    """Numbers of a run as JSON lines, and as tensorboard scalars if that is installed.
+    """Numbers of a run as JSON lines, as tensorboard scalars if that is installed, and in Weights & Biases if asked for.
 
     Records after `step`, of steps that were lost with a killed process and will be made again, are dropped.
+
+    Args:
+        wandb: the project's name there.
+        config: what is told of the run there.
+
+    Raises:
+        ValueError: wandb is asked for and cannot be used.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
-        path = out / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
-        self._file = (out / METRICS).open("a", encoding="utf-8")
+    def __init__(self, out: Path, step: int, wandb: str | None = None, config: dict[str, Any] | None = None) -> None:
+        self._path = out / METRICS
+        self._open(step)
+        self._wandb = None if wandb is None else _join_wandb(wandb, out, config)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"))
         except Exception:  # a broken installation must not stop training either
             self._board = None
+
+    def _open(self, step: int) -> None:
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step]
+            write_atomically(self._path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after this step."""
+        self._file.close()
+        self._open(step)
 
     def write(self, record: dict[str, float]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -87,11 +109,37 @@ class Metrics:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(record["step"]))
+        if self._wandb is not None:
+            self._wandb.log(record, step=int(record["step"]))
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _join_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+    """The run's page at Weights & Biases; a run that goes on has the same one."""
+    try:
+        wandb: Any = importlib.import_module("wandb")
+    except Exception as error:
+        raise ValueError(
+            f"--wandb {project} needs the package wandb ({error}). Install it: pip install wandb."
+        ) from None
+    name = out / WANDB
+    if not name.exists():
+        write_atomically(name, lambda part: part.write_text(uuid.uuid4().hex))
+    try:
+        return wandb.init(
+            project=project, name=out.name, id=name.read_text(), resume="allow", dir=str(out), config=config
+        )
+    except Exception as error:
+        raise ValueError(
+            f"--wandb {project}: {(str(error) or type(error).__name__).splitlines()[0]}. Log in with `wandb login`, or set "
+            "WANDB_MODE=offline."
+        ) from None
 
 
 _locks: list[Any] = []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +19,20 @@ from unveil import __version__
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, write_atomically
 from unveil.config import Training
 from unveil.data import Batch, Order, Samples, batches
-from unveil.optim import running_average
+from unveil.optim import adam_state, running_average
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
 from unveil.report import save_png
-from unveil.rundir import CONFIG, PROBLEMS, SHEET, STATE, Metrics, Run, check_same_run, interruptible, last_loss, lock
+from unveil.rundir import CONFIG, PROBLEMS, SHEET, Metrics, Run, check_same_run, interruptible, last_loss, lock
+from unveil.saves import Saves
+from unveil.training_report import write_training_report
+from unveil.trouble import BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step, gradient_norm, guard, write_bundle
 
 SHEET_SAMPLES = 8
+OLD_STATE = "state.pt"  # of Unveil 0.1
+RECORD_SECONDS = 1.0  # between two looks at the device
+REPORT_SECONDS = 30.0  # between two makings of a run's page, which take about one
+OTHER_DRAWS = 1_000_000  # what a run that went back adds to its epochs and steps where they name draws
 
 
 @dataclass
@@ -35,8 +42,12 @@ class Progress:
     step: int
     num_steps: int
     images_seen: int
-    loss: float
+    loss: float | None
     images_per_second: float
+
+
+class NotFinite(Exception):
+    """The weights, or several gradients in a row, are no numbers: what happened since the last save is not to be kept."""
 
 
 class Job(Protocol):
@@ -112,6 +123,10 @@ class Trainer:
         self.notes: dict[int, str] = {}
         self.sheet_clips: Tensor | None = None
         self.best: dict[str, float] | None = None
+        self.restarts = 0
+        self.skipped: list[int] = []
+        self.saves = Saves(run.out, run.keep)
+        self.last_report = time.perf_counter()
 
     @property
     def in_use(self) -> nn.Module:
@@ -123,14 +138,18 @@ class Trainer:
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Clips, and what the current step draws for them."""
         assert isinstance(self.order, Order)
-        epoch = self.step // self.steps_per_epoch
+        epoch = self.named(self.step // self.steps_per_epoch)
         return self.job.inputs(batch, epoch, self.order.places(epoch)[batch.indices].tolist())
+
+    def named(self, number: int) -> int:
+        """The number of an epoch or a step, where it names draws: others than before after the run went back."""
+        return number + OTHER_DRAWS * self.restarts
 
     def epochs(self) -> Iterator[Batch]:
         """Batches from the current step to the end, the order of each epoch fixed by the seed."""
         assert isinstance(self.order, Order)
         for epoch in range(self.step // self.steps_per_epoch, self.job.training.epochs):
-            self.order.epoch = epoch
+            self.order.epoch = self.named(epoch)
             self.order.first_batch = self.step - epoch * self.steps_per_epoch
             yield from self.loader
 
@@ -160,65 +179,162 @@ class Trainer:
             num_steps=self.num_steps,
         )
 
-    def save(self) -> None:
-        """Write the state to resume from, weights and averages, the contact sheet, and what was wrong with the data.
+    def state(self) -> dict[str, Any]:
+        """Every tensor that a resumed run needs, by name, so that any number of processes can take up its part."""
+        return {
+            "model": self.model.state_dict(),
+            "averages": self.averages.state_dict(),
+            "optimizer": {
+                name: dict(self.optimizer.state[parameter])
+                for name, parameter in self.model.named_parameters()
+                if parameter in self.optimizer.state  # not before its first gradient
+            },
+        }
 
-        The first average is the file for use; the others, and the weights as trained, lie beside it.
+    def save(self, final: bool) -> None:
+        """Begin to write what a resumed run goes on from, the weights for use, and what shows how it goes.
+
+        The first average is the file for use; the others, and the weights as trained, lie beside it. `saves.wait` says when
+        it is all on the disk.
+
+        Args:
+            final: whether the run ends or is interrupted here; its page is not made at every one of many quick saves.
+
+        Raises:
+            NotFinite: the weights are no numbers, so nothing was written.
         """
         out = self.run.out
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise ValueError(
-                f"The weights became infinite or no numbers by step {self.step}. What {out} holds is from before that; start "
-                "again in a new directory with a smaller --blr."
-            )
-        state = {
-            "model": self.model.state_dict(),
-            "averages": self.averages.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            raise NotFinite("The weights became infinite or no numbers")
+        facts = {
             "step": self.step,
             "images_seen": self.images_seen,
+            "restarts": self.restarts,
+            "skipped": self.skipped,
+            "optimizer": [name for name, p in self.model.named_parameters() if p in self.optimizer.state],
+            "best": self.best,
             "problems": self.problems,
             "notes": self.notes,
-            "best": self.best,
         }
+        sheet = self.paint_sheet()
         about = self.about(average=False)
         decays = self.job.training.ema_decays
-        self.job.save(out / (LAST if decays else WEIGHTS), self.model.state_dict(), about)
+        files = [(out / (LAST if decays else WEIGHTS), _kept(self.model), about)]
         for i, (decay, average) in enumerate(zip(decays, self.averages, strict=True)):
             name = WEIGHTS if i == 0 else f"ema-{decay:g}.safetensors"
-            weights = average.module.state_dict()  # type: ignore[union-attr]
-            self.job.save(out / name, weights, dataclasses.replace(about, ema_decay=decay))
+            kept = _kept(average.module)  # type: ignore[arg-type]
+            files.append((out / name, kept, dataclasses.replace(about, ema_decay=decay)))
+
+        shown = self.facts() if final or time.perf_counter() - self.last_report > REPORT_SECONDS else None
+        self.last_report = time.perf_counter() if shown else self.last_report
+
+        def then() -> None:
+            for path, weights, said in files:
+                self.job.save(path, weights, said)
+            if shown is not None:
+                write_training_report(out, shown, sheet)
+
+        self.saves.write(self.step, self.restarts, self.state(), facts, then)
         source = self.samples.source
         problems = [{"where": where, "used": False, "what": reason} for where, reason in sorted(self.problems.items())]
         problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
         lines = [json.dumps(problem) + "\n" for problem in problems]
         write_atomically(out / PROBLEMS, lambda part: part.write_text("".join(lines), encoding="utf-8"))
-        write_atomically(out / STATE, lambda part: torch.save(state, part))
-        self.paint_sheet()
 
-    def paint_sheet(self) -> None:
+    def save_start(self) -> None:
+        """Write what a run that goes wrong before its first save goes back to; so a disk that is full is met at once."""
+        facts = {"step": 0, "images_seen": 0, "restarts": 0, "skipped": [], "optimizer": [], "best": None}
+        self.saves.write(0, 0, self.state(), {**facts, "problems": {}, "notes": {}}, lambda: None)
+        self.saves.wait()
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's page says first."""
+        return {
+            "step": f"{self.step:,} of {self.num_steps:,}",
+            "images seen": f"{self.images_seen:,}",
+            "skipped steps, whose gradient was no number": len(self.skipped),
+            "went back to a save": self.restarts,
+            "files that could not be used": len(self.problems),
+        }
+
+    def paint_sheet(self) -> Image.Image | None:
         if self.sheet_clips is None:
-            return
-        save_png(self.run.out / SHEET, self.job.sheet(self.in_use.eval(), self.sheet_clips))
+            return None
+        sheet = self.job.sheet(self.in_use.eval(), self.sheet_clips)
+        self.model.train()
+        save_png(self.run.out / SHEET, sheet)
+        return sheet
 
     def load(self) -> bool:
-        """Take up the last save of this directory, if there is one."""
-        path = self.run.out / STATE
-        if not path.exists():
+        """Take up the newest whole save of this directory, if there is one.
+
+        Raises:
+            ValueError: no save is whole, or it is of another run or version.
+        """
+        out = self.run.out
+        self.saves.clear()
+        found = self.saves.newest()
+        if found is None:
+            if (out / OLD_STATE).exists():
+                raise ValueError(
+                    f"{out} holds a run of an older version ({OLD_STATE}), which this one cannot go on with. Its weights can "
+                    f"be used: `unveil pretrain --init {out}` starts from them in another directory."
+                )
             return False
-        try:
-            state = torch.load(path, map_location=self.run.device, weights_only=True)
-            for name in ("model", "averages", "optimizer"):
-                getattr(self, name).load_state_dict(state[name])
-            self.step, self.images_seen = state["step"], state["images_seen"]
-            self.best = state.get("best")  # a run that an older version began has none
-            self.problems |= state["problems"]
-            self.notes |= state["notes"]
-        except Exception as error:  # torch raises whatever a damaged or foreign file leads it to
+        path, facts = found
+        parameters = dict(self.model.named_parameters())
+        self.optimizer.state.clear()
+        strange = next((name for name in facts["optimizer"] if name not in parameters), None)
+        if strange is not None:
             raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}): it is damaged or of another run. Remove it to start over."
-            ) from None
+                f"{path} is of another run or version: this one has no {strange!r}. Remove it to start over."
+            )
+        for name in facts["optimizer"]:
+            self.optimizer.state[parameters[name]] = adam_state(parameters[name])
+        self.saves.read(path, self.state())  # in place
+        self.step, self.images_seen, self.best = facts["step"], facts["images_seen"], facts["best"]
+        self.restarts, self.skipped = facts["restarts"], facts["skipped"]
+        self.problems |= facts["problems"]
+        self.notes |= {int(index): note for index, note in facts["notes"].items()}
         return True
+
+    def go_back(self, why: str) -> None:
+        """To the last save, and on from there with other draws.
+
+        Raises:
+            ValueError: it went back before, as often as makes sense.
+        """
+        restarts, skipped = self.restarts + 1, self.skipped
+        if restarts > MAX_RESTARTS:
+            raise ValueError(
+                f"{why} by step {self.step}, after the run went back {MAX_RESTARTS} times and tried other draws. The last save "
+                f"in {self.run.out} is from before that; start again in a new directory with a smaller --blr, or --precision "
+                f"fp32. The batches that did it lie in {self.run.out / BUNDLES}: `unveil replay` looks into them."
+            )
+        self.saves.wait()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.load()
+        self.restarts, self.skipped = restarts, skipped
+
+    def named_step(self, batch: Batch) -> Step:
+        """The step under way, as something to find again."""
+        epoch = self.named(self.step // self.steps_per_epoch)
+        return Step(self.step, [(epoch, index) for index in batch.indices.tolist()])
+
+    def skip(self, step: Step) -> None:
+        """Count a step that was skipped, and keep its batch."""
+        assert isinstance(self.order, Order)
+        self.skipped.append(step.number)
+        places = self.order.places(step.keys[0][0])[torch.tensor([index for _, index in step.keys])].tolist()
+        about = dataclasses.replace(self.about(average=False), step=step.number)
+        write_bundle(
+            self.run.out,
+            step,
+            places,
+            self.samples,
+            lambda path: self.job.save(path, _kept(self.model), about),
+            {"seed": self.run.seed, "precision": self.run.precision, "named": self.named(step.number)},
+        )
 
     def note(self, batch: Batch) -> None:
         for problem in batch.problems:
@@ -283,11 +399,13 @@ def run_job(
         resumed = trainer.load()
         if not resumed:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
-        metrics = Metrics(run.out, trainer.step)
+            trainer.save_start()
+        metrics = Metrics(run.out, trainer.step, run.wandb, config)
         try:
             outcome = _loop(trainer, metrics, interrupted, on_progress)
         finally:
             metrics.close()
+            trainer.saves.close()
     return {"out": str(run.out), "resumed": resumed, **outcome}
 
 
@@ -301,100 +419,116 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
     trainer.model.train()
     begin = last_save = last_record = last_told = time.perf_counter()
     waiting = 0.0
-    losses: list[Tensor] = []
+    health = Health()
     images = 0
     loss = last_loss(run.out)
     first_step = trainer.step
     unreadable = 0  # batches in a row without a readable clip
 
     def record() -> None:
-        nonlocal losses, images, waiting, last_record, loss
+        nonlocal images, waiting, last_record, loss
         now = time.perf_counter()
-        loss = torch.stack(losses).mean().item()  # waits for the device
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"The loss became {loss} at step {trainer.step}. What {run.out} holds is from before that; start again in a "
-                "new directory with a smaller --blr."
-            )
+        mean, norm, skipped = health.look()
+        loss = loss if mean is None else mean
+        for step in skipped:
+            trainer.skip(step)
+        numbers = {} if mean is None else {"loss": mean, "gradient_norm": norm}
         metrics.write(
             {
                 "step": trainer.step,
                 "images_seen": trainer.images_seen,
-                "loss": loss,
+                **numbers,
                 "lr": trainer.lr(),
                 "images_per_second": images / (now - last_record),
                 "data_wait": waiting / (now - last_record),
+                "skipped_steps": len(trainer.skipped),
             }
         )
         if on_progress is not None:
             speed = images / (now - last_record)
             on_progress(Progress(trainer.step, trainer.num_steps, trainer.images_seen, loss, speed))
-        losses, images, waiting, last_record = [], 0, 0.0, now
+        images, waiting, last_record = 0, 0.0, now
+        if health.in_a_row >= PATIENCE:
+            raise NotFinite(f"The loss or its gradient was no number in {health.in_a_row} steps in a row")
 
-    asked = time.perf_counter()
-    for batch in trainer.epochs():
-        waiting += time.perf_counter() - asked
-        trainer.note(batch)
-        unreadable = 0 if batch.clips is not None else unreadable + 1
-        if batch.clips is not None:
-            trainer.optimizer.zero_grad(set_to_none=True)
-            value = torch.zeros((), device=device)
-            for number, piece in enumerate(batch.pieces(run.accumulate)):
-                clips, drawn = trainer.inputs(piece)
-                drawn = drawn.to(device)
-                with (
-                    job.randomness(trainer.step, number),
-                    torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
-                ):
-                    part, _ = objective(clips.to(device, non_blocking=True), drawn)
-                part = part * (len(clips) / len(batch.clips))
-                part.backward()
-                value += part.detach()
-            if job.training.grad_clip is not None:
-                nn.utils.clip_grad_norm_(trainer.model.parameters(), job.training.grad_clip)
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = trainer.lr() * group.get("lr_scale", 1.0)
-            trainer.optimizer.step()
-            for average in trainer.averages:
-                average.update_parameters(trainer.model)  # type: ignore[operator]
-            losses.append(value)
-            images += len(batch.clips)
-            trainer.images_seen += len(batch.clips)
-        trainer.step += 1
-        epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
-        if rest == 0 and trainer.images_seen and job.evaluates(epoch):
-            if losses:
-                record()  # first, because it refuses a loss that is no number
-                last_told = time.perf_counter()
-            begun = time.perf_counter()
-            numbers = trainer.evaluate()
-            metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
-            last_record += time.perf_counter() - begun  # which is not the training's time
-        now = time.perf_counter()  # an interruption may have come while it was evaluated
-        last = trainer.step == trainer.num_steps
-        saving = last or interrupted or now - last_save > 60 * run.save_minutes
-        if losses and (saving or now - last_told > 1.0):
-            record()  # before a save, because it refuses a loss that is no number
-            last_told = now
-        if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
-            raise ValueError(
-                f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
-                f"{run.out} is kept, and the same command goes on from there once the data is back."
-            )
-        if saving:
-            if trainer.images_seen == 0:
-                raise ValueError(
-                    f"None of the {len(trainer.samples)} samples of {run.data!r} can be read; the first problem: "
-                    f"{': '.join(next(iter(trainer.problems.items()), ('', 'none')))}."
-                )
-            trainer.save()
-            trainer.model.train()
-            last_save = time.perf_counter()
-        if interrupted:
-            break
+    def step_on() -> None:
+        """To the end of the run, or of the step in which it is interrupted."""
+        nonlocal waiting, images, last_save, last_record, last_told, unreadable
         asked = time.perf_counter()
+        for batch in trainer.epochs():
+            waiting += time.perf_counter() - asked
+            trainer.note(batch)
+            unreadable = 0 if batch.clips is not None else unreadable + 1
+            if batch.clips is not None:
+                trainer.optimizer.zero_grad(set_to_none=True)
+                value = torch.zeros((), device=device)
+                for number, piece in enumerate(batch.pieces(run.accumulate)):
+                    clips, drawn = trainer.inputs(piece)
+                    drawn = drawn.to(device)
+                    with (
+                        job.randomness(trainer.named(trainer.step), number),
+                        torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
+                    ):
+                        part, _ = objective(clips.to(device, non_blocking=True), drawn)
+                    part = part * (len(clips) / len(batch.clips))
+                    part.backward()
+                    value += part.detach()
+                norm = gradient_norm(trainer.model, job.training.grad_clip)
+                health.note(trainer.named_step(batch), value, norm, guard(trainer.optimizer, value, norm))
+                for group in trainer.optimizer.param_groups:
+                    group["lr"] = trainer.lr() * group.get("lr_scale", 1.0)
+                trainer.optimizer.step()
+                for average in trainer.averages:
+                    average.update_parameters(trainer.model)  # type: ignore[operator]
+                images += len(batch.clips)
+                trainer.images_seen += len(batch.clips)
+            trainer.step += 1
+            epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
+            if rest == 0 and trainer.images_seen and job.evaluates(epoch):
+                if len(health):
+                    record()  # first, because it goes back if the weights are no numbers
+                    last_told = time.perf_counter()
+                begun = time.perf_counter()
+                trainer.saves.wait()  # no process is forked, for the test data, in the middle of a write
+                numbers = trainer.evaluate()
+                metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
+                last_record += time.perf_counter() - begun  # which is not the training's time
+            now = time.perf_counter()  # an interruption may have come while it was evaluated
+            last = trainer.step == trainer.num_steps
+            saving = last or interrupted or now - last_save > 60 * run.save_minutes
+            if len(health) and (saving or now - last_told > RECORD_SECONDS):
+                record()  # before a save, because it goes back if steps were skipped
+                last_told = now
+            if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
+                raise ValueError(
+                    f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
+                    f"{run.out} is kept, and the same command goes on from there once the data is back."
+                )
+            if saving:
+                if trainer.images_seen == 0:
+                    raise ValueError(
+                        f"None of the {len(trainer.samples)} samples of {run.data!r} can be read; the first problem: "
+                        f"{': '.join(next(iter(trainer.problems.items()), ('', 'none')))}."
+                    )
+                trainer.save(final=bool(last or interrupted))
+                last_save = time.perf_counter()
+            if interrupted:
+                break
+            asked = time.perf_counter()
+        trainer.saves.wait()
+
+    while True:
+        try:
+            step_on()
+            break
+        except NotFinite as why:
+            trainer.go_back(str(why))
+            trainer.model.train()
+            metrics.go_back(trainer.step)
+            health, images, waiting, last_record = Health(), 0, 0.0, time.perf_counter()
     return {
         "finished": trainer.step == trainer.num_steps,
+        "interrupted": signal.Signals(interrupted[0]).name if interrupted else None,
         "steps_now": trainer.step - first_step,
         "step": trainer.step,
         "num_steps": trainer.num_steps,
@@ -402,6 +536,14 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         "loss": loss,
         "seconds": time.perf_counter() - begin,
         "skipped": len(trainer.problems),
+        "skipped_steps": len(trainer.skipped),
+        "went_back": trainer.restarts,
+        "damaged_saves": trainer.saves.damaged,
         "converted": dict(Counter(trainer.notes.values())),
         **({} if trainer.best is None else {"best": trainer.best}),
     }
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors as they are now."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}

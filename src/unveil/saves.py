@@ -1,0 +1,188 @@
+"""What a run goes on from: directories that torch.distributed.checkpoint writes, sealed with checksums, the last few kept.
+
+A save is written beside the others under a hidden name, in the background, and takes its name when all of it is on the
+disk. So whatever happens while it is written, the one before it is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+# That there is one process is meant. For good, as the words come from a thread, for which no block of code can be quiet.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+SAVES = "checkpoints"
+FACTS, SEAL = "run.json", "files.json"
+
+
+class Saves:
+    """The saves of a run directory, by name: "step-000000120", or "step-000000120-restart-1" after the run went back once.
+
+    Args:
+        keep: so many are kept, the newest ones.
+    """
+
+    def __init__(self, out: Path, keep: int = 2) -> None:
+        self.folder, self.keep = out / SAVES, keep
+        self.damaged: list[str] = []
+        self._finisher = ThreadPoolExecutor(1, "save")
+        self._pending: Future[None] | None = None
+
+    def names(self) -> list[str]:
+        """Of those that are whole as far as their names tell, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path.name for path in self.folder.iterdir() if path.name.startswith("step-")), key=_order)
+
+    def clear(self) -> None:
+        """Remove what a killed process left half written."""
+        for left in self.folder.glob(".*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def write(
+        self, step: int, restarts: int, state: dict[str, Any], facts: dict[str, Any], then: Callable[[], None]
+    ) -> None:
+        """Begin to save; what is in `state` may be changed as soon as this returns.
+
+        Args:
+            state: tensors by name, nested; any number of processes can read them, each its part.
+            facts: all else, as JSON holds it.
+            then: called in the background once the save has its name.
+
+        Raises:
+            OSError: the save before this one could not be written.
+        """
+        self.wait()
+        name = f"step-{step:09d}" + (f"-restart-{restarts}" if restarts else "")
+        if name in self.names():  # the same step of the same run is the same state
+            then()
+            return
+        part = self.folder / f".{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        written = async_save(state, checkpoint_id=part, no_dist=True)
+        assert isinstance(written, Future)
+        self._pending = self._finisher.submit(self._finish, written, part, name, facts, then)
+
+    def _finish(
+        self, written: "Future[Any]", part: Path, name: str, facts: dict[str, Any], then: Callable[[], None]
+    ) -> None:
+        try:
+            written.result()
+            (part / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            seal = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())
+            }
+            (part / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+            for path in part.iterdir():
+                _to_disk(path)
+            os.rename(part, self.folder / name)
+            _to_disk(self.folder)
+        except (Exception, CheckpointException) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(
+                f"{self.folder / name} could not be written ({_first_line(error)}). Is the disk full? The save before it is "
+                "whole: make room, and the same command goes on from there."
+            ) from None
+        for old in self.names()[: -self.keep]:
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+        then()
+
+    def wait(self) -> None:
+        """Until the save that was begun is written, if there is one.
+
+        Raises:
+            OSError: it could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the background work; what was begun is finished, and its failure told by `wait` alone."""
+        self._finisher.shutdown(wait=True)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest save whose files are as they were written, and its facts; None if the run has none.
+
+        Others that are newer are named in `damaged`.
+
+        Raises:
+            ValueError: there are saves, and none is whole.
+        """
+        self.damaged = []
+        for name in reversed(self.names()):
+            problem = check(self.folder / name)
+            if problem is None:
+                return self.folder / name, json.loads((self.folder / name / FACTS).read_text(encoding="utf-8"))
+            self.damaged.append(f"{name}: {problem}")
+        if self.damaged:
+            raise ValueError(
+                f"{self.folder} holds no save that is whole ({'; '.join(self.damaged)}). Restore it from a copy, or remove the "
+                "run's directory to start over."
+            )
+        return None
+
+    def read(self, path: Path, state: dict[str, Any]) -> None:
+        """Fill the tensors of `state`, in place, from a save that `newest` found.
+
+        Raises:
+            ValueError: it holds other tensors.
+        """
+        try:
+            load(state, checkpoint_id=path, no_dist=True)
+        except (Exception, CheckpointException) as error:  # whatever a foreign file leads to
+            raise ValueError(
+                f"{path} cannot be read ({_first_line(error)}): it is of another run or version. Remove it to start over."
+            ) from None
+
+
+def check(save: Path) -> str | None:
+    """What is wrong with a save's files; None if they are as they were written."""
+    try:
+        seal = json.loads((save / SEAL).read_text(encoding="utf-8"))
+        for name, wanted in seal.items():
+            size = (save / name).stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size} of {wanted['bytes']} bytes"
+            if _sha256(save / name) != wanted["sha256"]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return f"{SEAL} or what it lists cannot be read ({_first_line(error)})"
+    return None
+
+
+def _order(name: str) -> tuple[int, int]:
+    _, step, *restart = name.split("-")
+    return int(restart[1]) if restart else 0, int(step)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what it says; of DCP's, which is no Exception, of what it wraps."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,117 @@
+"""Steps whose loss or gradient is no number: they are skipped on the device, counted, and kept to be looked into."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from unveil.checkpoint import WEIGHTS, write_atomically
+from unveil.data import Samples, collate
+
+PATIENCE = 3  # steps in a row that are skipped before a run goes back to its last save
+MAX_RESTARTS = 3
+MAX_BUNDLES = 3  # each holds the whole model
+BUNDLES, BATCH = "skipped", "batch.safetensors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step and what names its draws.
+
+    number: of steps before it. keys: (epoch, index) of its readable samples, the epoch as it names draws.
+    """
+
+    number: int
+    keys: list[tuple[int, int]]
+
+
+def guard(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tensor:
+    """Whether a step may be made, as a bool on the device; if not, the optimiser's next step changes nothing.
+
+    The optimiser is told as mixed precision's scaler tells it, without a look from the host.
+
+    Args:
+        loss: of the batch. norm: of its gradient.
+    """
+    fine = loss.isfinite() & norm.isfinite()
+    optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    return fine
+
+
+def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
+    """The norm of a model's gradient, which is cut to `limit` if there is one."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+class Health:
+    """Losses since the last look, and which of their steps were skipped.
+
+    in_a_row: skipped steps at the end of what was looked at.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+        self._steps: list[Step] = []
+        self._values: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def note(self, step: Step, loss: Tensor, norm: Tensor, fine: Tensor) -> None:
+        self._steps.append(step)
+        self._values.append(torch.stack([loss.float(), norm.float(), fine.float()]))
+
+    def look(self) -> tuple[float | None, float | None, list[Step]]:
+        """Mean loss and mean norm of the steps that were made, None if none was; and the skipped ones. Waits for the device."""
+        losses, norms, fine = torch.stack(self._values).cpu().double().unbind(1)
+        made = fine.bool()
+        skipped = [step for step, good in zip(self._steps, made.tolist(), strict=True) if not good]
+        for good in made.tolist():
+            self.in_a_row = 0 if good else self.in_a_row + 1
+        self._steps, self._values = [], []
+        if not made.any():
+            return None, None, skipped
+        return losses[made].mean().item(), norms[made].mean().item(), skipped
+
+
+def write_bundle(
+    out: Path,
+    step: Step,
+    places: list[int],
+    samples: Samples,
+    save_model: Callable[[Path], None],
+    facts: dict[str, Any],
+) -> None:
+    """Keep a skipped step: its samples as they were read, and the model, in a folder of its own; of the first few only.
+
+    Args:
+        places: of its samples in the epoch's order.
+        save_model: writes the weights, which the step left as they were, to a path.
+        facts: seed, precision and what else a replay needs.
+    """
+    folder = out / BUNDLES / f"step-{step.number:09d}"
+    if not folder.exists() and len(list((out / BUNDLES).glob("step-*"))) >= MAX_BUNDLES:
+        return
+    batch = collate([samples[key] for key in step.keys])
+    if batch.clips is None:  # it could be read a second ago
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder / WEIGHTS)
+    tensors = {
+        "clips": batch.clips.contiguous(),
+        "labels": batch.labels,
+        "indices": batch.indices,
+        "places": torch.tensor(places),
+    }
+    metadata = {"facts": json.dumps({**facts, "step": step.number, "epoch": step.keys[0][0]})}
+    write_atomically(folder / BATCH, lambda part: safetensors.torch.save_file(tensors, part, metadata))

@@ -1,0 +1,479 @@
+"""A run survives kills, damaged saves, a full disk and steps that are no numbers."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from test_train import assert_same_run, at_step, go, photo_recipe, read_save, terminate, write_pictures
+
+from unveil import cli
+from unveil import pretraining_job as job_module
+from unveil.checkpoint import WEIGHTS, load_model
+from unveil.losses import Objective, draw
+from unveil.rundir import METRICS
+from unveil.saves import Saves
+from unveil.tasks.replay import Replay, replay
+from unveil.trouble import BATCH, BUNDLES, MAX_BUNDLES, MAX_RESTARTS, PATIENCE
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    write_pictures(folder, 26)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert go(out, pictures)["finished"]
+    return out
+
+
+# Kills
+
+
+def _run(out: Path, pictures: Path) -> None:
+    """In a process of its own: the run of `uninterrupted`, saving after every step."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    go(out, pictures, save_minutes=0)
+    os._exit(0)
+
+
+def killed(out: Path, pictures: Path, after: float) -> bool:
+    """Run, and kill it so many seconds after it has begun to train; whether it was still running."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(out, pictures))
+    before = Saves(out).names()
+    process.start()
+    while process.is_alive() and Saves(out).names() == before:
+        time.sleep(0.001)
+    time.sleep(after)
+    process.kill()
+    process.join()
+    return process.exitcode == -9
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_equals_uninterrupted(
+    tmp_path: Path, pictures: Path, uninterrupted: Path, kills: int
+) -> None:
+    """With a save after every step, most moments lie in the middle of one."""
+    moments = random.Random(kills)
+    done, number = 0, 0
+    out = tmp_path / "0"
+    while done < kills:
+        if not killed(out, pictures, moments.uniform(0, 0.4)):
+            assert_same_run(out, uninterrupted)  # it had finished; another one is begun
+            number += 1
+            out = tmp_path / str(number)
+            continue
+        done += 1
+        assert Saves(out).newest() is not None
+    assert go(out, pictures)["finished"]
+    assert_same_run(out, uninterrupted)
+    assert not list(out.glob("**/.*.part"))
+
+
+# Damage
+
+
+def _damage(save: Path, how: str) -> None:
+    file = next(save.glob("*.distcp"))
+    if how == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == "changed":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "lost":
+        file.unlink()
+    else:
+        (save / "files.json").write_text("{")
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "lost", "unsealed"])
+def test_a_damaged_save_is_passed_over(
+    tmp_path: Path,
+    pictures: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    out = tmp_path / "run"
+    at_step(monkeypatch, {6: terminate})
+    assert go(out, pictures, save_minutes=0)["step"] == 7
+    assert Saves(out).names() == ["step-000000006", "step-000000007"]
+    _damage(out / "checkpoints" / "step-000000007", how)
+    monkeypatch.setattr(job_module, "draw", draw)
+    outcome = go(out, pictures)
+    assert outcome["steps_now"] == 12
+    (told,) = outcome["damaged_saves"]
+    assert told.startswith("step-000000007: ")
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_run_without_a_whole_save_refuses(tmp_path: Path, pictures: Path) -> None:
+    go(tmp_path, pictures, photo_recipe(epochs=1))
+    for save in (tmp_path / "checkpoints").iterdir():
+        _damage(save, "changed")
+    with pytest.raises(
+        ValueError, match=r"no save that is whole .*step-000000006: .* is not what was written"
+    ) as caught:
+        go(tmp_path, pictures, photo_recipe(epochs=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_save_of_another_network_refuses_in_one_line(tmp_path: Path, pictures: Path) -> None:
+    """As after somebody copied saves about."""
+    go(tmp_path / "a", pictures, photo_recipe(epochs=1))
+    go(tmp_path / "b", pictures, photo_recipe("mae", epochs=1))
+    (tmp_path / "a" / "checkpoints").rename(tmp_path / "aside")
+    (tmp_path / "b" / "checkpoints").rename(tmp_path / "a" / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"is of another run or version: this one has no .decoder\.mask_token"
+    ) as caught:
+        go(tmp_path / "a", pictures, photo_recipe(epochs=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_older_version_refuses(tmp_path: Path, pictures: Path) -> None:
+    go(tmp_path, pictures, photo_recipe(epochs=1))
+    (tmp_path / "checkpoints").rename(tmp_path.parent / f"{tmp_path.name}-aside")
+    (tmp_path / "state.pt").write_bytes(b"anything")
+    with pytest.raises(ValueError, match=r"run of an older version \(state\.pt\).*--init"):
+        go(tmp_path, pictures, photo_recipe(epochs=1))
+
+
+@pytest.mark.parametrize("keep, names", [(1, ["018"]), (3, ["016", "017", "018"])])
+def test_the_last_saves_are_kept(tmp_path: Path, pictures: Path, keep: int, names: list[str]) -> None:
+    go(tmp_path, pictures, save_minutes=0, keep=keep)
+    assert Saves(tmp_path).names() == [f"step-000000{name}" for name in names]
+
+
+def test_keeping_no_save_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["pretrain", "--data", "digits:test", "--out", str(tmp_path / "run"), "--keep", "0"])
+    assert caught.value.code == 2
+    assert "--keep 0: at least 1 save is kept" in capsys.readouterr().err
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Any]:
+    """Sets the size beyond which no file can be written, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_save_before(
+    tmp_path: Path, pictures: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, file_limit: Any
+) -> None:
+    out = tmp_path / "run"
+    whole = next((uninterrupted / "checkpoints" / "step-000000018").glob("*.distcp")).stat().st_size
+    at_step(monkeypatch, {6: lambda: file_limit(whole - 1)})
+    with pytest.raises(
+        OSError, match=r"step-00000000[67] could not be written .*Is the disk full\? The save before it is whole"
+    ):
+        go(out, pictures, save_minutes=0)
+    file_limit(resource.RLIM_INFINITY)
+    kept = read_save(out)["facts"]["step"]
+    assert kept in (5, 6)  # the sixth save may have been under way, in the background
+    assert load_model(out)[1].step == kept
+    assert not list(out.glob("**/.*.part"))
+    monkeypatch.setattr(job_module, "draw", draw)
+    assert go(out, pictures)["steps_now"] == 18 - kept
+    assert_same_run(out, uninterrupted)
+
+
+# Steps that are no numbers
+
+
+class Broken(Objective):
+    """Gives a loss that is no number at some of its calls, or a gradient that is none under a loss that is one."""
+
+    calls = 0
+    at: frozenset[int] = frozenset()
+    gradient_only = False
+
+    def forward(self, *arguments: Any) -> Any:
+        loss, logs = super().forward(*arguments)
+        Broken.calls += 1
+        if Broken.calls - 1 not in Broken.at:
+            return loss, logs
+        if Broken.gradient_only:
+            return loss + (loss - loss.detach()).abs().sqrt(), logs  # the root of 0, whose slope is infinite
+        return loss * float("nan"), logs
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> type[Broken]:
+    monkeypatch.setattr(job_module, "Objective", Broken)
+    Broken.calls, Broken.at, Broken.gradient_only = 0, frozenset(), False
+    return Broken
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_step_that_is_no_number_is_skipped_counted_and_kept(
+    tmp_path: Path,
+    pictures: Path,
+    broken: type[Broken],
+    monkeypatch: pytest.MonkeyPatch,
+    gradient_only: bool,
+) -> None:
+    out = tmp_path / "run"
+    broken.at, broken.gradient_only = frozenset({8}), gradient_only
+    at_step(monkeypatch, {8: terminate, 7: terminate})
+    go(out, pictures, save_minutes=0)
+    before = read_save(out)
+    outcome = go(out, pictures, save_minutes=0)
+    assert (outcome["step"], outcome["skipped_steps"], outcome["went_back"]) == (9, 1, 0)
+    after = read_save(out)
+    assert after["facts"]["skipped"] == [8]
+    assert after["facts"]["images_seen"] == before["facts"]["images_seen"] + 4
+    for name, value in before["tensors"].items():
+        if name.startswith(("model.", "optimizer.")):  # momentum and the count of steps, too
+            assert torch.equal(value, after["tensors"][name]), name
+    record = json.loads((out / METRICS).read_text().splitlines()[-1])
+    assert (record["step"], record["skipped_steps"]) == (9, 1)
+    assert "loss" not in record
+
+    bundle = out / BUNDLES / "step-000000008"
+    assert {path.name for path in bundle.iterdir()} == {WEIGHTS, BATCH}
+    kept = safetensors.torch.load_file(bundle / BATCH)
+    assert kept["clips"].shape[0] == 4
+    monkeypatch.setattr(job_module, "draw", draw)
+    outcome = go(out, pictures)
+    assert outcome["finished"]
+    assert outcome["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in safetensors.torch.load_file(out / WEIGHTS).values())
+
+
+def test_a_bundle_is_the_step_that_was_skipped(
+    tmp_path: Path, pictures: Path, broken: type[Broken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed without what broke it, the step has the loss that it would have had."""
+    told: list[float] = []
+
+    class Watched(Objective):
+        def forward(self, *arguments: Any) -> Any:
+            loss, logs = super().forward(*arguments)
+            told.append(loss.item())
+            return loss, logs
+
+    recipe = photo_recipe(epochs=1, ema_decays=())
+    monkeypatch.setattr(job_module, "Objective", Watched)
+    go(tmp_path / "whole", pictures, recipe)
+    monkeypatch.setattr(job_module, "Objective", Broken)
+    broken.at = frozenset({4})
+    go(tmp_path / "run", pictures, recipe, save_minutes=0)
+    result = replay(Replay(bundle=tmp_path / "run" / BUNDLES / "step-000000004"))
+    assert result["as_it_was"]["loss"] == pytest.approx(told[4], rel=1e-6)
+    assert result["step"] == 4
+    assert result["as_it_was"]["bad_gradients"] == result["as_it_was"]["bad_clips"] == result["bad_input"] == []
+
+
+def test_replay_says_what_is_to_blame(
+    tmp_path: Path, pictures: Path, broken: type[Broken], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken.at = frozenset({4})
+    go(tmp_path / "run", pictures, photo_recipe(epochs=1), save_minutes=0)
+    bundle = tmp_path / "run" / BUNDLES / "step-000000004"
+    tensors = safetensors.torch.load_file(bundle / BATCH)
+    with safetensors.safe_open(bundle / BATCH, framework="pt") as file:
+        metadata = file.metadata()
+    tensors["clips"][2, 0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, bundle / BATCH, metadata)
+    cli.main(["replay", "--bundle", str(bundle)])
+    told = capsys.readouterr().out
+    index = int(tensors["indices"][2])
+    assert "as it was: loss no number, no number in the gradient of" in told
+    assert f"by themselves, clips {index}." in told
+    assert f"outside [0, 1] are in clips {index}." in told
+
+
+@pytest.mark.parametrize("there", ["nothing", "text"])
+def test_replay_of_something_else_refuses(tmp_path: Path, there: str) -> None:
+    if there == "text":
+        (tmp_path / BATCH).write_text("no tensors")
+    with pytest.raises(ValueError, match="holds no skipped step"):
+        replay(Replay(bundle=tmp_path))
+
+
+def test_a_few_in_a_row_send_the_run_back_with_other_draws(
+    tmp_path: Path, pictures: Path, broken: type[Broken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []  # epoch as it names draws, step
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append((arguments[3], len(seen)))
+        if len(seen) in (6, 15):
+            terminate()
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(job_module, "draw", watched)
+    out = tmp_path / "run"
+    go(out, pictures)
+    assert Saves(out).names()[-1] == "step-000000006"
+    broken.calls, broken.at = 0, frozenset(range(2, 2 + PATIENCE))
+    monkeypatch.setattr("unveil.train.RECORD_SECONDS", 0.0)  # a look after every step, as after a second of longer ones
+    outcome = go(out, pictures)
+    assert outcome["went_back"] == 1
+    assert outcome["skipped_steps"] == PATIENCE
+    assert [epoch for epoch, _ in seen] == [0] * 6 + [1] * 5 + [1_000_001] * 4
+    assert not outcome["finished"]
+    assert Saves(out).names()[-1] == "step-000000010-restart-1"
+    assert read_save(out)["facts"]["skipped"] == [8, 9, 10]
+    records = [json.loads(line)["step"] for line in (out / METRICS).read_text().splitlines()]
+    assert records == sorted(set(records))  # those of the lost steps are gone
+    outcome = go(out, pictures)
+    assert outcome["finished"]
+    assert len(list((out / BUNDLES).iterdir())) == MAX_BUNDLES
+
+
+def test_a_run_that_goes_back_too_often_stops_with_a_sentence(
+    tmp_path: Path, pictures: Path, broken: type[Broken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    at_step(monkeypatch, {3: terminate})
+    go(out, pictures)
+    saved = {path.name: path.read_bytes() for path in (out / "checkpoints" / "step-000000004").iterdir()}
+    monkeypatch.setattr(job_module, "draw", draw)
+    broken.at = frozenset(range(10**6))
+    with pytest.raises(
+        ValueError, match=rf"no number in .* steps in a row by step .*went back {MAX_RESTARTS} times.*--blr"
+    ):
+        go(out, pictures)
+    assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "step-000000004").iterdir()} == saved
+    assert Saves(out).names()[-1] == "step-000000004"
+
+
+def test_weights_that_become_infinite_are_not_saved(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite gradients can still lead there, by a learning rate that is far too high."""
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"infinite or no numbers|no number in"):
+        go(out, pictures, photo_recipe(base_lr=1e38))
+    assert Saves(out).names() == ["step-000000000"]
+    assert not (out / WEIGHTS).exists()
+
+
+def test_going_back_before_the_first_save_is_to_the_start(
+    tmp_path: Path, pictures: Path, broken: type[Broken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unveil.train.RECORD_SECONDS", 0.0)
+    broken.at = frozenset({1, 2, 3})
+    outcome = go(tmp_path, pictures)
+    assert outcome["finished"]
+    assert (outcome["went_back"], outcome["images_seen"]) == (1, 72)
+
+
+# The page
+
+
+def test_a_runs_page_shows_how_it_goes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    cli.main(["pretrain", "--data", "digits:train", "--out", str(out), "--epochs", "2", "--batch-size", "100"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for words in (
+        "28 of 28",
+        "Training loss",
+        "Norm of the gradient",
+        "Speed",
+        "waiting for data",
+        "The contact sheet",
+        "skipped steps",
+        "digits:train",
+    ):
+        assert words in page, words
+    assert page.count("<img") >= 6
+
+
+def test_nearest_neighbours_are_asked_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    cli.main(
+        ["pretrain", "--data", "digits:train", "--out", str(out), "--epochs", "14", "--batch-size", "100", "--json"]
+    )
+    result = json.loads(capsys.readouterr().out)
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    (told,) = [record for record in records if "test/knn" in record][-1:]
+    assert told["step"] == 14 * 14
+    assert told["test/knn"] > 20  # twice what guessing gives
+    assert result["best"]["knn"] >= told["test/knn"]
+    assert (out / "best.safetensors").exists()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "right by nearest neighbours" in page
+
+
+# Logs
+
+
+class Board:
+    """What stands in for wandb: it keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.told: list[tuple[int, dict[str, float]]] = []
+        self.ended = 0
+
+    def init(self, **named: Any) -> "Board":
+        self.begun.append(named)
+        return self
+
+    def log(self, record: dict[str, float], step: int) -> None:
+        self.told.append((step, record))
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+def test_a_run_is_logged_to_wandb_if_asked_for(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)  # type: ignore[arg-type]
+    at_step(monkeypatch, {3: terminate})
+    go(tmp_path / "run", pictures, wandb="faces")
+    monkeypatch.setattr(job_module, "draw", draw)
+    go(tmp_path / "run", pictures, wandb="faces")
+    first, second = board.begun
+    assert (first["project"], first["name"], first["resume"]) == ("faces", "run", "allow")
+    assert first["id"] == second["id"]  # one page for one run
+    assert first["config"]["recipe"]["name"] == "diffmae"
+    assert board.ended == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert board.told == [(line["step"], line) for line in lines]
+
+
+def test_wandb_that_is_not_installed_refuses(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--wandb faces needs the package wandb .*pip install wandb"):
+        go(tmp_path / "run", pictures, wandb="faces")
+
+
+ALONE = """
+import sys
+
+sys.modules.update(dict.fromkeys({others}))  # so that importing one of them fails
+import unveil
+outcome = unveil.pretrain(data={data!r}, out={out!r}, size="Nano/4", image_size="8", epochs=2, batch_size=8)
+assert outcome["finished"]
+"""
+
+
+def test_training_needs_torch_torchvision_numpy_pillow_and_safetensors_alone(tmp_path: Path, pictures: Path) -> None:
+    others = {"tyro", "tqdm", "pyarrow", "tensorboard", "sklearn", "matplotlib", "scipy", "pandas", "huggingface_hub"}
+    program = ALONE.format(others=others, data=str(pictures), out=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "matplotlib is not installed" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
