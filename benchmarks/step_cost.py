@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,6 @@ import tyro
 
 from unveil import recipes
 from unveil.cost import masked_step
-from unveil.losses import Objective, draw
-from unveil.model import MaskedDiffusionAutoencoder
-from unveil.optim import optimizer_for
-from unveil.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,48 +30,6 @@ class Options:
     batch_size: int = 8
     rounds: int = 5
     out: Path = Path("results/step_cost.json")
-
-
-def ours(recipe: Recipe, pictures: torch.Tensor) -> Callable[[], None]:
-    model = MaskedDiffusionAutoencoder(recipe).train()
-    objective, optimizer = Objective(model), optimizer_for(model, recipe.training)
-    clips = pictures[:, :, None]
-
-    def step() -> None:
-        loss, _ = objective(clips, draw(recipe, model.schedule, 0, 0, range(len(clips))))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def hugging_face(recipe: Recipe, pictures: torch.Tensor) -> Callable[[], None]:
-    e, d = recipe.encoder, recipe.decoder
-    assert d is not None
-    config = transformers.ViTMAEConfig(
-        hidden_size=e.embed_dim,
-        num_hidden_layers=e.depth,
-        num_attention_heads=e.num_heads,
-        intermediate_size=4 * e.embed_dim,
-        decoder_hidden_size=d.embed_dim,
-        decoder_num_hidden_layers=d.depth,
-        decoder_num_attention_heads=d.num_heads,
-        decoder_intermediate_size=4 * d.embed_dim,
-        image_size=recipe.clip.height,
-        patch_size=recipe.clip.patch_size,
-        norm_pix_loss=True,
-    )
-    model = transformers.ViTMAEForPreTraining(config).train()
-    optimizer = optimizer_for(model, recipe.training)
-
-    def step() -> None:
-        loss = model(pictures).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def main(options: Options) -> None:
@@ -90,13 +43,13 @@ def main(options: Options) -> None:
             "diffmae, cross": recipes.diffmae(size, height=options.image_size, decoder="cross"),
             "diffmae, joint": recipes.diffmae(size, height=options.image_size, decoder="joint"),
         }
-        steps = {"Hugging Face ViTMAE": hugging_face(mae, pictures)}
-        steps |= {name: ours(recipe, pictures) for name, recipe in variants.items()}
+        steps: dict[str, Contender] = {"Hugging Face ViTMAE": HuggingFace(mae, "cpu", "fp32", False)}
+        steps |= {name: Ours(recipe, "cpu", "fp32", False) for name, recipe in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(options.rounds + 1):
             for name, step in steps.items():
                 begin = time.perf_counter()
-                step()
+                step.step(pictures)
                 if i:  # the first round warms up
                     seconds[name].append(time.perf_counter() - begin)
         base = statistics.median(seconds["Hugging Face ViTMAE"])

@@ -75,6 +75,8 @@ FLOORS = {
     "api": 11,
     "planning": 7,
     "saves": 6,
+    "hardware": 3,
+    "contenders": 7,
     "trouble": 6,
     "training_report": 7,
     "online_knn": 7,

@@ -455,6 +455,7 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
             "inpaint": " --limit 2 --num-steps 5",
             "evaluate": " --limit 2 --num-steps 5",
             "generate": " --num-steps 5",
+            "bench": " --rounds 1",
         }
         command = re.sub(r"--num-samples \d+", "--num-samples 2", re.sub(r"--epochs \d+", "--epochs 2", command))
         outcome = unveil(command + few.get(command.split()[0], ""))

@@ -15,6 +15,7 @@ from unveil import __version__
 from unveil.config import nearest
 from unveil.foreign import NAMES
 from unveil.spread import Spread
+from unveil.tasks.bench import Bench, bench
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.embed import Embed, embed
 from unveil.tasks.evaluate import Evaluate, evaluate
@@ -46,6 +47,7 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 COMMANDS = (
@@ -63,6 +65,7 @@ COMMANDS = (
     "convert",
     "export",
     "replay",
+    "bench",
 )
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
@@ -365,6 +368,33 @@ def _tell_replay(result: dict[str, Any]) -> Iterator[str]:
         yield "So the precision is to blame: train with --precision fp32."
 
 
+def _tell_bench(result: dict[str, Any]) -> Iterator[str]:
+    peaks = ", ".join(f"{name.replace('_', ' ')} {peak / 1e12:.3g}" for name, peak in result["peaks"].items())
+    yield (
+        f"{result['hardware']}, {result['threads']} threads, {result['precision']}, {result['size']} at {result['image_size']} "
+        f"px, batches of {result['batch_size']}, median of {result['rounds']} rounds. Peaks in 10^12 operations/s: {peaks}."
+    )
+    for row in result["rows"]:
+        share = ", ".join(
+            f"{value:.0%} of the {name.replace('_', ' ')} peak" for name, value in row["share_of_peak"].items()
+        )
+        beside = (
+            f", {row['speed_over_hugging_face']:.2f} of Hugging Face's speed"
+            if "speed_over_hugging_face" in row
+            else ""
+        )
+        stages = ", ".join(f"{name} {seconds:.2g}" for name, seconds in row["stages"].items())
+        yield f"{row['name']}: {row['images_per_second']:.4g} images/s{beside}, {share}, {row['memory_bytes'] / 2**30:.1f} GiB."
+        yield f"    seconds: {stages}"
+    if "data" in result:
+        data = result["data"]
+        yield (
+            f"{data['name']}: read at {data['read_per_second']:.4g} images/s by {data['workers']} workers; {data['contender']} "
+            f"waits {data['data_wait']:.1%} of its time for it."
+        )
+    yield f"Record: {result['file']}."
+
+
 def _listed(numbers: list[int]) -> str:
     more = f" and {len(numbers) - LISTED} more" if len(numbers) > LISTED else ""
     return ", ".join(str(number) for number in numbers[:LISTED]) + more
@@ -445,6 +475,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Convert: (convert, _tell_convert),
     Export: (export, _tell_export),
     Replay: (replay, _tell_replay),
+    Bench: (_counted(bench, "round"), _tell_bench),
 }
 
 
