@@ -20,6 +20,7 @@ import transformers
 import tyro
 
 from unveil import recipes
+from unveil.contenders import Contender, HuggingFace, Ours
 from unveil.cost import masked_step
 
 

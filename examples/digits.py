@@ -19,11 +19,12 @@ from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import masked_view, named_holes, predict, repaint
+from unveil.pretraining import RecipeName
 from unveil.recipe import Recipe
 from unveil.report import Page, contact_sheet, curve, save_png
 from unveil.rundir import METRICS, SHEET
 from unveil.tasks.evaluate import Evaluate, evaluate
-from unveil.tasks.pretrain import Pretrain, RecipeName, pretrain
+from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.train import Progress
 

@@ -31,11 +31,12 @@ from unveil.metrics import frechet_distance
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import optimizer_for
 from unveil.pipeline import generate
+from unveil.pretraining import RecipeName
 from unveil.recipe import Recipe
 from unveil.report import contact_sheet, save_png
 from unveil.sampling import guidance
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
-from unveil.tasks.pretrain import Pretrain, RecipeName, pretrain
+from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 
 ARMS: tuple[RecipeName, ...] = ("umd", "umd_flow", "dit_umd", "maskdit_umd", "mae_umd")

@@ -72,10 +72,9 @@ FLOORS = {
     "start": 6,
     "hub": 4,
     "pretrained": 7,
-    "api": 11,
+    "api": 12,
     "planning": 7,
     "saves": 6,
-    "hardware": 3,
     "contenders": 7,
     "trouble": 6,
     "training_report": 7,
@@ -88,9 +87,13 @@ FLOORS = {
     "gallery": 7,
     "probing": 7,
     "sheet": 7,
+    "hardware": 1,
+    "inspection": 5,
+    "pretraining": 8,
     "train": 9,
-    "tasks": 10,
-    "cli": 11,
+    "measuring": 10,
+    "tasks": 11,
+    "cli": 12,
 }
 # An alias of a type, which is no dependency on what the module does.
 ALIASES = {("masking", "tokens"): {"Grid"}}

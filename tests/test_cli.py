@@ -29,7 +29,9 @@ from unveil import cli, recipes
 from unveil import pretraining_job as job_module
 from unveil.checkpoint import WEIGHTS, About, load_model, read_header, save_weights
 from unveil.data import Samples, open_source
-from unveil.tasks.pretrain import Pretrain, parse_image_size, recipe_of
+from unveil.planning import parse_image_size
+from unveil.pretraining import recipe_of
+from unveil.tasks.pretrain import Pretrain
 from unveil.trouble import Step, write_bundle
 
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
@@ -106,6 +108,8 @@ def test_every_command_can_be_run() -> None:
 
 
 COMMANDS_WITH_FIELDS = [
+    ("doctor --data digits:test --workers 0", {"readable", "problems", "sizes", "color", "advice"}),
+    ("plan --data digits:test --measure-seconds 0.05", {"parameters", "training", "time", "memory", "disk", "advice"}),
     ("pretrain --data digits:test --out {new} --epochs 1", {"out", "finished", "step", "loss", "skipped"}),
     ("inpaint --run {run} --images digits:test --out {new} --limit 2 --num-steps 2", {"pictures", "sheet"}),
     ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
@@ -452,6 +456,7 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         if command.startswith("replay"):
             skipped_step(Path("runs/photos"), parse(command).bundle)
         few = {
+            "plan": " --measure-seconds 0.05",
             "inpaint": " --limit 2 --num-steps 5",
             "evaluate": " --limit 2 --num-steps 5",
             "generate": " --num-steps 5",
@@ -640,6 +645,8 @@ def test_a_users_error_is_one_line_and_exit_code_2(
         ("evaluate --run x --data digits --sampel ddim", "--sampler"),
         ("info --ran x", "--run"),
         ("pretrane --data digits", "'pretrain'"),
+        ("doktor --data digits", "'doctor'"),
+        ("plan --data digits --peak-tflop 3", "--peak-tflops"),
         ("pretrain --data digits --out x --recipe dffmae", "diffmae"),
         ("pretrain --data digits --out x --recipe ditt", "dit"),
         ("pretrain --data digits --out x --ema-decay 0.9", "--ema-decays"),

@@ -13,8 +13,9 @@ from torch import Tensor
 from unveil.checkpoint import LAST, WEIGHTS, About, load_model, save_weights
 from unveil.cli import main
 from unveil.model import MaskedDiffusionAutoencoder
+from unveil.pretraining import recipe_of
 from unveil.recipe import Recipe
-from unveil.tasks.pretrain import Pretrain, pretrain, recipe_of
+from unveil.tasks.pretrain import Pretrain, pretrain
 
 ABOUT = About(step=7, images_seen=99, ema_decay=None, data="photos/", command="unveil pretrain --data photos/")
 

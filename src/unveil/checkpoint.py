@@ -76,6 +76,27 @@ def write_atomically(path: Path, write: Any) -> None:
             raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}). Is the disk full?") from None
 
 
+def _described(recipe: Recipe, about: About, recognition: Recognition | None = None) -> dict[str, str]:
+    """What a weights file's header says."""
+    metadata = {"format": FORMAT, "recipe": json.dumps(to_dict(recipe)), "about": json.dumps(to_dict(about))}
+    if recognition is not None:
+        metadata["recognition"] = json.dumps(to_dict(recognition))
+    return metadata
+
+
+def weights_bytes(recipe: Recipe, state: dict[str, Tensor], about: About) -> int:
+    """The size of the file that `save_weights` would write, from names and shapes alone; the tensors may be on "meta"."""
+    header: dict[str, Any] = {"__metadata__": _described(recipe, about)}
+    end = 0
+    # safetensors lays them out by the size of their type, then by name, and numbers the bytes in that order
+    for name, value in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + value.nbytes
+        kind = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}[value.dtype]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end  # the header's length, the header filled up with spaces, the values
+
+
 def save_weights(
     path: Path, recipe: Recipe, state: dict[str, Tensor], about: About, recognition: Recognition | None = None
 ) -> None:
@@ -83,9 +104,7 @@ def save_weights(
 
     recognition: of a fine-tuned network, which is the recipe's encoder with a head on it.
     """
-    metadata = {"format": FORMAT, "recipe": json.dumps(to_dict(recipe)), "about": json.dumps(to_dict(about))}
-    if recognition is not None:
-        metadata["recognition"] = json.dumps(to_dict(recognition))
+    metadata = _described(recipe, about, recognition)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
 

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from unveil import __version__
 from unveil.config import nearest
 from unveil.foreign import NAMES
+from unveil.planning import FEW_STEPS
 from unveil.spread import Spread
 from unveil.tasks.bench import Bench, bench
 from unveil.tasks.convert import Convert, convert
+from unveil.tasks.doctor import Doctor, doctor
 from unveil.tasks.embed import Embed, embed
 from unveil.tasks.evaluate import Evaluate, evaluate
 from unveil.tasks.export import Export, export
@@ -25,6 +27,7 @@ from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generato
 from unveil.tasks.generate import Generate, generate
 from unveil.tasks.info import Info, info
 from unveil.tasks.inpaint import Inpaint, inpaint
+from unveil.tasks.plan import Plan, plan
 from unveil.tasks.predict import Predict, predict
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
@@ -33,7 +36,9 @@ from unveil.tasks.segment import Segment, segment
 from unveil.train import Progress
 
 Command = (
-    Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[FinetuneGenerator, tyro.conf.subcommand("finetune-generator")]
@@ -51,6 +56,8 @@ Command = (
 )
 
 COMMANDS = (
+    "doctor",
+    "plan",
     "pretrain",
     "finetune",
     "predict",
@@ -74,7 +81,6 @@ Pre-train on unlabelled pictures, probe the model's features, fine-tune it on la
 --json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
 
-FEW_STEPS = 1000  # digits are legible after some 1,300
 FEW_STEPS_TO_TELL = 200  # the head starts at next to nothing, and digits are half right after some 200
 LISTED = 20  # files that could not be used
 
@@ -126,6 +132,11 @@ def _training(run: Callable[[Any, Callable[[Progress], None]], dict[str, Any]]) 
                 bar.close()
 
     return with_bar
+
+
+def _announced(run: Callable[[Any, Callable[[str], None]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """A command that says what it is at, for it takes some seconds."""
+    return lambda options: run(options, lambda what: say(f"unveil: {what} ..."))
 
 
 def _tell_training(result: dict[str, Any]) -> Iterator[str]:
@@ -302,6 +313,167 @@ def _tell_segment(result: dict[str, Any]) -> Iterator[str]:
     yield f"Pictures, truth and predictions: {result['out']}/contact_sheet.png. All numbers: {result['out']}/segment.json."
 
 
+def _size_of(number: float) -> str:
+    """Bytes in the largest decimal unit of which there is one."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def _counts(numbers: dict[str, int], most: int = 6) -> str:
+    some = [f"{name}: {count:,}" for name, count in list(numbers.items())[:most]]
+    return "; ".join(some) + (f"; and {len(numbers) - most} more" if len(numbers) > most else "")
+
+
+def _tell_doctor(result: dict[str, Any]) -> Iterator[str]:
+    sizes, color, classes, again = result["sizes"], result["color"], result["classes"], result["duplicates"]
+    lines = {"data": f"{result['data']}: {result['files']:,} files or rows, {result['readable']:,} can be used"}
+    if result["limit"] is not None:
+        lines["data"] += f" of {result['looked_at']:,} that were looked at"
+    if result["formats"]:
+        lines["formats"] = _counts(result["formats"])
+        lines["colours"] = _counts(result["modes"])
+    if sizes is not None:
+        for name in ("height", "width"):
+            size = sizes[name]
+            lines[name] = f"{size['min']} to {size['max']} pixels, median {size['median']:g}"
+        first = sizes["commonest"][0]
+        lines["sizes"] = (
+            f"{sizes['different']:,} different, most often {first['height']} x {first['width']} ({first['pictures']:,}); "
+            f"{sizes['not_square']:,} are not square"
+        )
+        lines["smaller"] = "; ".join(f"than {side} pixels: {n:,}" for side, n in sizes["smaller_than"].items())
+        encoded = f"{_size_of(result['bytes'])} in files, " if result["bytes"] else ""
+        lines["bytes"] = f"{encoded}{_size_of(result['decoded_bytes'])} decoded"
+        lines["mean"] = ", ".join(f"{mean:.4f}" for mean in color["mean"])
+        lines["std"] = (
+            ", ".join(f"{std:.4f}" for std in color["std"]) + f" (in [0, 1], of {color['pictures']:,} pictures)"
+        )
+        lines["values"] = f"{color['low']:.4g} to {color['high']:.4g}"
+    if result["turned"]:
+        lines["turned"] = f"{result['turned']:,} lie on their side or are mirrored, and are read upright as EXIF says"
+    if result["converted"]:
+        lines["converted"] = _counts(result["converted"])
+    if classes is not None:
+        counts = classes["counts"]
+        even = min(counts.values()) == max(counts.values())
+        each = (
+            f"{min(counts.values()):,} of each"
+            if even
+            else f"{min(counts.values()):,} to {max(counts.values()):,} of each"
+        )
+        lines["classes"] = f"{_tell_classes(len(counts), tuple(counts))}, {each}"
+        if classes["unlabelled"]:
+            lines["classes"] += f"; {classes['unlabelled']:,} without a label"
+    if sizes is not None:
+        lines["duplicates"] = (
+            f"{again['extra']:,} there again with the same pixels, {again['files']:,} of them as the same file"
+        )
+    if result["test_data"] is not None:
+        lines["test data"] = (
+            f"{result['test_data']}: {result['test_looked_at']:,} pictures, {len(result['in_both']):,} in both"
+        )
+    for name, value in lines.items():
+        yield f"{name:<12}{value}"
+    yield from _tell_problems(result["problems"])
+    for problem in result.get("test_problems", ())[:LISTED]:
+        yield f"Skipped in the test data {problem['where']}: {problem['what']}."
+    for group in again["groups"][:LISTED]:
+        yield f"The same picture: {', '.join(group[:5])}{' ...' if len(group) > 5 else ''}."
+    if len(again["groups"]) > LISTED:
+        yield f"And {len(again['groups']) - LISTED} more such groups, which --json lists."
+    for pair in result["in_both"][:LISTED]:
+        yield f"In both: {pair['data']} is {pair['test_data']} of the test data."
+    yield from ("- " + line for line in result["advice"])
+    if result["out"] is not None:
+        yield f"Wrote {result['out']}."
+
+
+def _tell_time(seconds: float) -> str:
+    """A time in the unit that reads best."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _tell_plan(result: dict[str, Any]) -> Iterator[str]:
+    training, data, tokens, clock = result["training"], result["data"], result["tokens"], result["time"]
+    memory, reading, files = result["memory"], result["reading"], result["disk"]["files"]
+    branches = "; ".join(
+        ("" if branch["share"] == 1 else f"{branch['share']:.0%} of the clips: ")
+        + f"{branch['visible']} visible, {branch['hidden']} hidden"
+        for branch in tokens["branches"]
+    )
+    parts = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
+    channels, frames, height, width = result["clip"]
+    of_frames = "" if frames == 1 else f"{frames} frames of "
+    shared = "" if training["num_devices"] == 1 else f", on {training['num_devices']} devices"
+    at_once = "" if training["clips_at_once"] == training["batch_size"] else f", {training['clips_at_once']} at once"
+    lines = {
+        "model": f"{result['recipe']} {result['size']}: {sum(result['parameters'].values()):,} parameters ({parts})",
+        "tokens": f"{tokens['number']} of {tokens['values']} values each; {branches}",
+        "data": f"{data['samples']:,} samples, read as {of_frames}{channels} x {height} x {width}; about "
+        f"{_size_of(data['decoded_bytes'])} decoded, {'kept in memory' if data['in_memory'] else 'read again in each epoch'}",
+        "batch": f"{training['batch_size']:,}{shared}{at_once}; learning rate {training['base_lr']:.3g} x "
+        f"{training['batch_size']} / 256 = {training['lr']:.3g}, reached after {training['warmup_steps']:,} steps",
+        "length": f"{training['epochs']:,} epochs of {training['steps_per_epoch']:,} steps: {training['num_steps']:,} steps, "
+        f"{training['images_seen']:,} pictures seen",
+        "arithmetic": f"{result['arithmetic']['multiply_adds_per_clip'] / 1e6:,.1f} million multiply-adds a picture forward, "
+        f"{result['arithmetic']['tflops']:,.4g} x 10^12 operations in all",
+    }
+    if clock["step_seconds"] is None:
+        lines["time"] = f"not known: no step was run on {training['device']}"
+    else:
+        lines["time"] = (
+            f"about {_tell_time(3600 * clock['hours'])}, {_tell_time(clock['epoch_seconds']['other'])} an epoch; a step "
+            f"{_tell_time(clock['step_seconds'])}, {training['batch_size'] / clock['step_seconds']:,.0f} pictures a second"
+        )
+        measured = clock["measured"]
+        if measured is not None:
+            lines[""] = f"measured here, {training['device']} in {training['precision']}: the median of "
+            lines[""] += f"{measured['measured_steps']} steps of {measured['measured_batch']} pictures"
+            if measured["measured_batch"] != training["batch_size"]:
+                lines[""] += ", extrapolated to the batch"
+            lines[""] += f"; {clock['reached_tflops']:.3g} TFLOPS"
+            lines[""] += (
+                "" if clock["mfu"] is None else f", {clock['mfu']:.0%} of the datasheet's {clock['peak_tflops']:g}"
+            )
+        else:
+            lines[""] = (
+                f"not measured: by arithmetic at {clock['mfu']:.0%} of {clock['peak_tflops']:g} TFLOPS on each device"
+            )
+    again = "" if not data["in_memory"] else f", {reading['again_per_second']:,.0f} once in memory"
+    workers = f"{reading['workers']} workers" if reading["workers"] else "read between the steps"
+    lines["reading"] = (
+        f"{reading['first_per_second']:,.0f} pictures a second by one process{again} ({reading['pictures']} tried); {workers}"
+    )
+    kept = "not counted" if memory["activations"] is None else _size_of(memory["activations"])
+    fixed = sum(memory[name] for name in ("weights", "gradients", "optimizer", "averages"))
+    limit = "" if memory["limit"] is None else f", of {_size_of(memory['limit'])}"
+    on_device = fixed + (memory["activations"] or 0)
+    lines["memory"] = (
+        f"{_size_of(on_device)}{limit}: weights {_size_of(memory['weights'])}, gradients {_size_of(memory['gradients'])}, "
+        f"AdamW {_size_of(memory['optimizer'])}, averages {_size_of(memory['averages'])}, activations {kept}"
+    )
+    if memory["pictures"]:
+        lines["memory"] += f"; and pictures {_size_of(memory['pictures'])}"
+    lines["memory"] += ". Python and PyTorch come on top"
+    disk = result["disk"]
+    lines["disk"] = f"{_size_of(sum(files.values()) + disk['best'] + disk['keep'] * disk['save'])}: " + ", ".join(
+        f"{name} {_size_of(size)}" for name, size in files.items()
+    )
+    lines["disk"] += f", best.safetensors {_size_of(disk['best'])}" if disk["best"] else ""
+    lines["disk"] += f", {disk['keep']} save(s) of about {_size_of(disk['save'])}; {_size_of(disk['free'])} free"
+    if result["budget"] is not None:
+        budget = result["budget"]
+        lines["budget"] = f"{budget['hours']:g} hours: {budget['epochs']:,} epochs, {budget['num_steps']:,} steps"
+    for name, value in lines.items():
+        yield f"{name:<12}{value}"
+    yield from ("- " + line for line in result["advice"])
+
+
 def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
     whose = {"mean": "the mean of the patches", "class": "the mean of the class tokens", "patches": "all patches"}
     noise = f", with noise of time {result['time']:g} on the pictures" if result["time"] else ""
@@ -461,6 +633,8 @@ def _tell_export(result: dict[str, Any]) -> Iterator[str]:
 
 
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
+    Doctor: (_counted(doctor, "picture"), _tell_doctor),
+    Plan: (_announced(plan), _tell_plan),
     Pretrain: (_training(pretrain), _tell_pretrain),
     Finetune: (_training(finetune), _tell_finetune),
     Predict: (_counted(predict, "sample"), _tell_predict),

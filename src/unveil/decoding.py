@@ -37,6 +37,28 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its picture before it is decoded.
+
+    format: as Pillow calls it, JPEG, PNG, ..., or NPY. mode: Pillow's, L for grey, RGB, P for a palette, ...; of an array its
+    number of channels. bits: of one value. height, width: as stored. frames: more than 1 in a film. turned: whether EXIF says
+    that it lies on its side or is mirrored.
+    """
+
+    format: str
+    mode: str
+    bits: int
+    height: int
+    width: int
+    frames: int = 1
+    turned: bool = False
+
+    @property
+    def grey(self) -> bool:
+        return self.mode in ("1", "L", "LA", "I", "F") or self.mode.startswith("I;")
+
+
 class BadPicture(ValueError):
     """One sample cannot be decoded; the others may be fine."""
 
@@ -79,6 +101,38 @@ def _check_unit_range(values: np.ndarray, where: str) -> None:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # written so that NaN is refused too
         raise BadPicture(where, f"float values from {low:.4g} to {high:.4g}; they must be between 0 and 1")
+
+
+def _stored(image: Image.Image) -> str:
+    """How pixels are stored, as Pillow's tile says it: RGB;16B, ...; empty if it does not."""
+    stored = image.tile[0][3] if image.tile else None  # type: ignore[attr-defined]
+    stored = stored[0] if isinstance(stored, tuple) and stored else stored
+    return stored if isinstance(stored, str) else ""
+
+
+_BITS = {"1": 1, "I": 32, "F": 32}  # of Pillow's modes; 8 in the others, unless 16 are stored
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+
+
+def header_of(stream: BinaryIO, where: str) -> Header:
+    """What a picture file, or a .npy file by its name, says of itself.
+
+    Raises:
+        BadPicture: it says nothing that can be understood.
+    """
+    try:
+        if where.lower().endswith(".npy"):
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, kind = readers[np.lib.format.read_magic(stream)](stream)
+            channels = shape[2] if len(shape) == 3 else 1
+            return Header("NPY", f"{channels} channel{'s' * (channels != 1)}", 8 * kind.itemsize, shape[0], shape[1])
+        with Image.open(stream, formats=_formats()) as image:
+            bits = 16 if ";16" in image.mode or ";16" in _stored(image) else _BITS.get(image.mode, 8)
+            turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+            frames = getattr(image, "n_frames", 1)
+            return Header(image.format or "", image.mode, bits, image.height, image.width, frames, turned)
+    except Exception as error:  # Pillow's plugins raise nearly every type on a damaged file
+        raise BadPicture(where, f"has no header that can be read ({type(error).__name__}: {error})") from error
 
 
 def decode(stream: BinaryIO, where: str, channels: int, height: int | None = None, width: int | None = None) -> Picture:
@@ -126,10 +180,8 @@ def _decode(stream: BinaryIO, where: str, channels: int, height: int | None, wid
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1:
         notes.append(f"first of {num_frames} frames used")
-    # Pillow's tile says how pixels are stored; sixteen bits of colour become eight without a word.
-    stored = image.tile[0][3] if image.tile else None  # type: ignore[attr-defined]
-    stored = stored[0] if isinstance(stored, tuple) and stored else stored
-    if isinstance(stored, str) and ";16" in stored and not image.mode.startswith("I"):
+    # Sixteen bits of colour become eight without a word.
+    if ";16" in _stored(image) and not image.mode.startswith("I"):
         notes.append("16-bit colour read as 8-bit")
 
     ImageOps.exif_transpose(image, in_place=True)  # in place, for otherwise it copies every picture

@@ -42,6 +42,9 @@ class Digits:
     def read(self, index: int) -> Picture:
         return Picture(frames_first(fill_channels(self._images[index], self.channels)))
 
+    def encoded(self, index: int) -> bytes | None:
+        return None
+
     def label(self, index: int) -> int | None:
         return int(self._labels[index])
 

@@ -112,9 +112,12 @@ class Parquet:
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def read(self, index: int) -> Picture:
+    def encoded(self, index: int) -> bytes | None:
         file = self._file(index)
-        encoded = self._images[file][index - self._starts[file]].as_py()
+        return self._images[file][index - self._starts[file]].as_py() or b""
+
+    def read(self, index: int) -> Picture:
+        encoded = self.encoded(index)
         if not encoded:
             raise BadPicture(self.where(index), "no bytes in this row (0 bytes, or a path only)")
         return decode(io.BytesIO(encoded), self.where(index), self.channels, self.height, self.width)

@@ -16,6 +16,7 @@ from unveil.rundir import Precision, Run
 
 MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
+FEW_STEPS = 1000  # digits are legible after some 1,300
 
 
 @dataclass(frozen=True, kw_only=True)

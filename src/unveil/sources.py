@@ -3,13 +3,14 @@
 Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.data` turns them into clips.
 """
 
+import contextlib
 import difflib
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from unveil.config import nearest
 from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions
@@ -34,6 +35,10 @@ class Source(Protocol):
 
     def read(self, index: int) -> Picture:
         """The decoded sample; raises BadPicture."""
+        ...
+
+    def encoded(self, index: int) -> bytes | None:
+        """The bytes that a sample is decoded from, perhaps none; None if it is made and not decoded. Raises BadPicture."""
         ...
 
     def label(self, index: int) -> int | None: ...
@@ -87,11 +92,20 @@ class Folder:
 
     def read(self, index: int) -> Picture:
         where = self.where(index)
+        with self._opened(where) as stream:
+            if where.lower().endswith(".npy"):
+                return decode_array(stream, where, self.channels)
+            return decode(stream, where, self.channels, self.height, self.width)
+
+    def encoded(self, index: int) -> bytes | None:
+        with self._opened(self.where(index)) as stream:
+            return stream.read()
+
+    @contextlib.contextmanager
+    def _opened(self, where: str) -> Iterator[BinaryIO]:
         try:
             with open(self.root / where, "rb") as stream:
-                if where.lower().endswith(".npy"):
-                    return decode_array(stream, where, self.channels)
-                return decode(stream, where, self.channels, self.height, self.width)
+                yield stream
         except FileNotFoundError as error:
             raise BadPicture(where, "vanished since the folder was opened") from error
         except OSError as error:
@@ -176,6 +190,9 @@ class Chosen:
 
     def read(self, index: int) -> Picture:
         return self.source.read(self.rows[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.source.encoded(self.rows[index])
 
     def label(self, index: int) -> int | None:
         return self.source.label(self.rows[index])
