@@ -424,11 +424,10 @@ def skipped_step(run: Path, bundle: Path) -> None:
     model, about = load_model(run)
     recipe = model.recipe
     source = open_source("photos", recipe.clip.channels)
-    step = Step(int(bundle.name.removeprefix("step-")), [(0, 0), (0, 1)])
+    step = Step(int(bundle.name.removeprefix("step-")), [(0, 0, 0), (0, 1, 1)])
     write_bundle(
         run,
         step,
-        [0, 1],
         Samples(source, recipe.clip, 0, recipe.training),
         lambda path: save_weights(path, recipe, model.state_dict(), about),
         {"seed": 0, "precision": "fp32"},

@@ -19,6 +19,7 @@ from unveil.config import Clip, Training
 from unveil.data import (
     BadPicture,
     Batch,
+    Key,
     Order,
     Samples,
     Skipped,
@@ -120,6 +121,7 @@ def test_postscript_is_not_run_under_another_name(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanished_refuses(tmp_path: Path) -> None:
+    write(tmp_path / "b.png", encoded(colours()))
     path = write(tmp_path / "a.png", encoded(colours()))
     source = open_source(str(tmp_path), 3)
     source.read(0)
@@ -655,31 +657,31 @@ def test_augment_keeps_at_least_the_share_of_the_area() -> None:
 
 def test_a_sample_is_channels_first_and_scaled() -> None:
     source = open_source("moving-digits:train", 3, frames=4)
-    sample = Samples(source, clip(24, 24, channels=3, frames=4), 0, None)[0, 7]
+    sample = Samples(source, clip(24, 24, channels=3, frames=4), 0, None)[0, 2, 7]
     assert sample.clip is not None
     assert sample.clip.shape == (3, 4, 24, 24)
     assert sample.clip.dtype == torch.float32
     torch.testing.assert_close(sample.clip.transpose(0, 1) * 255, source.read(7).values.float(), atol=1e-4, rtol=0)
-    assert (sample.index, sample.label) == (7, source.label(7))
+    assert (sample.index, sample.place, sample.label) == (7, 2, source.label(7))
 
 
 def test_samples_refuse_a_source_of_another_shape() -> None:
     samples = Samples(open_source("digits", 1), clip(channels=3), 0, None)
     with pytest.raises(ValueError, match=r"\(frames, channels\)=\(1, 1\), but the clip has \(1, 3\)"):
-        samples[0, 0]
+        samples[0, 0, 0]
 
 
 def test_evaluation_ignores_the_epoch_and_training_does_not() -> None:
     source = open_source("digits", 1)
     still, moved = Samples(source, clip(), 0, None), Samples(source, clip(), 0, training())
-    torch.testing.assert_close(still[0, 3].clip, still[1, 3].clip, atol=0, rtol=0)
+    torch.testing.assert_close(still[0, 3, 3].clip, still[1, 9, 3].clip, atol=0, rtol=0)
     assert not torch.equal(*(clip_of(moved, epoch, 3) for epoch in (0, 1)))
     assert torch.equal(*(clip_of(moved, epoch, 3) for epoch in (1, 1)))
     assert not torch.equal(clip_of(moved, 0, 3), clip_of(Samples(source, clip(), 1, training()), 0, 3))
 
 
 def clip_of(samples: Samples, epoch: int, index: int) -> Tensor:
-    result = samples[epoch, index].clip
+    result = samples[epoch, 0, index].clip
     assert result is not None
     return result
 
@@ -707,7 +709,7 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
     samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)
-    batch = collate([samples[0, index] for index in (1, 2, 3)])
+    batch = collate([samples[0, index, index] for index in (1, 2, 3)])
     assert batch.indices.tolist() == [1, 3]
     assert batch.clips is not None
     assert batch.clips.shape == (2, 3, 1, 8, 8)
@@ -718,7 +720,7 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
 
 
 def test_a_batch_of_bad_pictures_has_no_clips(mixed: Path) -> None:
-    batch = collate([Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)[0, 2]])
+    batch = collate([Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)[0, 2, 2]])
     assert batch.clips is None
     assert len(batch.indices) == len(batch.labels) == 0
     assert len(batch.problems) == 1
@@ -779,24 +781,112 @@ def test_order_drops_the_last_batch_only_if_there_is_a_whole_one() -> None:
 
 
 def test_order_without_shuffling_counts_up() -> None:
-    assert list(Order(5, 2, 7, 0, False, False)) == [[(7, 0), (7, 1)], [(7, 2), (7, 3)], [(7, 4)]]
+    assert list(Order(5, 2, 7, 0, False, False)) == [[(7, 0, 0), (7, 1, 1)], [(7, 2, 2), (7, 3, 3)], [(7, 4, 4)]]
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_samples_place_is_where_it_comes_in_the_epoch(shuffle: bool) -> None:
+def keys_of(order: Order, epoch: int = 0, first_batch: int = 0) -> list[Key]:
+    order.epoch, order.first_batch = epoch, first_batch
+    return [key for batch in order for key in batch]
+
+
+def sharded(sizes: list[int], batch_size: int = 4, **arguments: Any) -> Order:
+    starts = np.cumsum([0, *sizes]).tolist()
+    return Order(sum(sizes), batch_size, 0, 5, arguments.pop("shuffle", True), False, starts=starts, **arguments)
+
+
+ORDERS: dict[str, Callable[..., Order]] = {
+    "counting": lambda batch_size, **a: Order(23, batch_size, 0, 5, False, False, **a),
+    "shuffled": lambda batch_size, **a: Order(23, batch_size, 0, 5, True, False, **a),
+    "sharded": lambda batch_size, **a: sharded([7, 1, 9, 2, 4], batch_size, **a),
+}
+
+
+@pytest.fixture
+def small_window(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("unveil.data.WINDOW", 5)
+    return 5
+
+
+@pytest.mark.usefixtures("small_window")
+@pytest.mark.parametrize("kind", ORDERS)
+def test_a_samples_place_is_where_it_comes_in_the_epoch(kind: str) -> None:
     """Whatever the batch size, where an epoch is taken up, and which epoch was asked for before."""
+    whole = {epoch: keys_of(ORDERS[kind](4), epoch) for epoch in (0, 1, 7)}
     for batch_size, first_batch in ((4, 0), (4, 3), (9, 1), (100, 0)):
-        order = Order(23, batch_size, 0, 5, shuffle, False)
-        order.first_batch = first_batch
+        order = ORDERS[kind](batch_size)
         for epoch in (0, 1, 0, 7):
-            order.epoch = epoch
-            assert order.places(epoch).sort().values.tolist() == list(range(23))
-            keys = [key for batch in order for key in batch]
-            assert {e for e, _ in keys} == {epoch}
-            assert order.places(epoch)[[i for _, i in keys]].tolist() == list(range(first_batch * batch_size, 23))
-            assert torch.equal(order.places(epoch), Order(23, 4, epoch, 5, shuffle, True).places(epoch))
-            order.places(epoch + 1)  # that of the next is no other's
-        assert torch.equal(order.places(0), order.places(1)) == (not shuffle)
+            keys = keys_of(order, epoch, first_batch)
+            assert keys == whole[epoch][first_batch * batch_size :]
+            assert [place for _, place, _ in keys] == list(range(first_batch * batch_size, 23))
+            assert {e for e, _, _ in keys} == {epoch}
+    assert all(sorted(index for _, _, index in keys) == list(range(23)) for keys in whole.values())
+    assert ([i for _, _, i in whole[0]] == [i for _, _, i in whole[1]]) == (kind == "counting")
+
+
+@pytest.mark.usefixtures("small_window")
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("batch_size", [4, 6])
+def test_processes_share_the_batches_of_one(kind: str, world: int, batch_size: int) -> None:
+    """In the order of their ranks, with the places of one process, and as many batches each, even of a last one of three."""
+    alone = list(ORDERS[kind](batch_size))
+    parts = [list(ORDERS[kind](batch_size, rank=rank, world=world)) for rank in range(world)]
+    for batch, *pieces in zip(alone, *parts, strict=True):
+        assert [key for piece in pieces for key in piece] == batch
+        assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+def test_more_processes_than_a_batch_has_samples_refuse() -> None:
+    with pytest.raises(ValueError, match=r"A batch of 4 cannot be split over 5 processes\. Use --batch-size 5"):
+        Order(23, 4, 0, 5, True, False, rank=0, world=5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_processes_read_what_one_reads_with_any_number_of_workers(num_workers: int) -> None:
+    samples = Samples(open_source("digits:test", 1), clip(), 0, training())
+
+    def load(rank: int, world: int, workers: int) -> list[Batch]:
+        loader = batches(samples, 90, 2, 5, True, True, workers, rank=rank, world=world)
+        return list(loader)
+
+    alone = load(0, 1, 0)
+    halves = [load(rank, 2, num_workers) for rank in range(2)]
+    for batch, first, second in zip(alone, *halves, strict=True):
+        for name in ("indices", "places", "clips", "labels"):
+            assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(batch, name))
+
+
+def test_shards_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stretch of the order is of some shards alone, all of their samples, and of others in another epoch."""
+    monkeypatch.setattr("unveil.data.WINDOW", 30)
+    order = sharded([10] * 12)
+    seen = []
+    for epoch in (0, 1):
+        indices = [index for _, _, index in keys_of(order, epoch)]
+        windows = [indices[i : i + 30] for i in range(0, 120, 30)]
+        shards = [{index // 10 for index in window} for window in windows]
+        assert [len(its) for its in shards] == [3, 3, 3, 3]
+        assert all(window != sorted(window) for window in windows)
+        within = [
+            [index for index in window if index // 10 == min(its)] for window, its in zip(windows, shards, strict=True)
+        ]
+        assert all(those != sorted(those) for those in within)
+        seen.append(shards)
+    assert seen[0] != seen[1]
+
+
+def test_shards_of_few_samples_are_shuffled_as_a_whole() -> None:
+    assert keys_of(sharded([10] * 12)) == keys_of(Order(120, 4, 0, 5, True, False))
+
+
+def test_shards_of_any_sizes_make_windows_of_about_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unveil.data.WINDOW", 50)
+    for sizes in ([1000, 1, 1], [1] * 120, [60, 60], [49, 2], [7, 50, 3, 80, 1, 1, 40]):
+        order = sharded(sizes)
+        lengths = [length for length, _ in order._stretches(3)]
+        assert sum(lengths) == sum(sizes)
+        assert min(lengths) >= min(50, sum(sizes)) - max(sizes)
+        assert sorted(index for _, _, index in keys_of(order, 3)) == list(range(sum(sizes)))
 
 
 def test_batches_refuse() -> None:

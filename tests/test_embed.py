@@ -49,7 +49,7 @@ def by_hand(run: Path, data: str, pool: str) -> np.ndarray:
     model, _ = load_model(run)
     clip, registers = model.recipe.clip, model.recipe.encoder.num_class_tokens
     samples = Samples(open_source(data, clip.channels, clip.frames, clip.height, clip.width), clip, 0, None)
-    clips = [sample.clip for sample in (samples[0, i] for i in range(len(samples))) if sample.clip is not None]
+    clips = [sample.clip for sample in (samples[0, i, i] for i in range(len(samples))) if sample.clip is not None]
     with torch.inference_mode():
         encoded = torch.cat([model.encode(one[None]) for one in clips])
     tokens = {"mean": encoded[:, registers:].mean(1), "class": encoded[:, :registers].mean(1)}

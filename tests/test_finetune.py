@@ -345,7 +345,7 @@ def test_erasing_and_changes_depend_on_the_sample_alone() -> None:
     plain = Samples(source, recipe.clip, 0, dataclasses.replace(training, erase=0.0))
     changed = 0
     for i in range(20):
-        a, b, c = first[0, i].clip, second[0, i].clip, plain[0, i].clip
+        a, b, c = first[0, i, i].clip, second[0, i, i].clip, plain[0, i, i].clip
         assert a is not None
         assert b is not None
         assert c is not None
@@ -353,10 +353,10 @@ def test_erasing_and_changes_depend_on_the_sample_alone() -> None:
         changed += not a.equal(c)
         assert c.min() >= 0
         assert c.max() <= 1
-        assert not a.equal(first[1, i].clip)  # type: ignore[arg-type]
+        assert not a.equal(first[1, i, i].clip)  # type: ignore[arg-type]
     assert changed == 20
     calm = Samples(source, recipe.clip, 0, dataclasses.replace(training, erase=0.0, randaugment_ops=0))
-    same = sum(bool(torch.equal(plain[0, i].clip, calm[0, i].clip)) for i in range(20))  # type: ignore[arg-type]
+    same = sum(bool(torch.equal(plain[0, i, i].clip, calm[0, i, i].clip)) for i in range(20))  # type: ignore[arg-type]
     assert same < 10
 
 
@@ -654,7 +654,7 @@ def test_the_running_average_is_what_is_tested(tmp_path: Path, run: Path) -> Non
     for file in (WEIGHTS, LAST):
         network, _ = load_recognizer(tmp_path / "out" / file)
         samples = Samples(open_source("digits:test", 1), network.recipe.clip, 0, None)
-        clips = torch.stack([samples[0, i].clip for i in range(360)])  # type: ignore[misc]
+        clips = torch.stack([samples[0, i, i].clip for i in range(360)])  # type: ignore[misc]
         truth = torch.tensor([samples.source.label(i) for i in range(360)])
         accuracies[file] = score(network.recognition, network.predict(clips), truth)["accuracy"]
     assert result["last"]["accuracy"] == pytest.approx(accuracies[WEIGHTS])
@@ -756,7 +756,7 @@ def test_broken_test_files_are_told(tmp_path: Path, run: Path, listed: Path) -> 
     assert np.sum(result["confusion"], 1).tolist() == [0, 2, 3, 0, 0, 0, 0, 0, 0, 0]  # 0.png was a cat, 1
     network, _ = load_recognizer(tmp_path / "out")
     samples = Samples(open_source(str(copy), 1), network.recipe.clip, 0, None)
-    told = network.predict(torch.stack([samples[0, i].clip for i in range(1, 6)]))  # type: ignore[misc]
+    told = network.predict(torch.stack([samples[0, i, i].clip for i in range(1, 6)]))  # type: ignore[misc]
     assert result["confusion"] == confusion(told.argmax(1), torch.tensor([2, 1, 2, 1, 2]), 10).tolist()
     for i in range(6):
         (listed.parent / f"pictures/{i}.png").write_bytes(b"no picture")
@@ -814,7 +814,7 @@ def test_predictions_are_those_of_the_network(tmp_path: Path, run: Path) -> None
         rows = list(csv.DictReader(file))
     network, _ = load_recognizer(tmp_path / "out")
     samples = Samples(source, network.recipe.clip, 0, None)
-    expected = network.predict(torch.stack([samples[0, i].clip for i in range(5)]))  # type: ignore[misc]
+    expected = network.predict(torch.stack([samples[0, i, i].clip for i in range(5)]))  # type: ignore[misc]
     for row, probabilities in zip(rows, expected, strict=True):
         assert row["told"] == DIGITS[int(probabilities.argmax())]
         assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-3)
@@ -830,7 +830,7 @@ def test_what_the_head_reads_can_be_embedded(tmp_path: Path, run: Path, pool: An
     assert (made["pool"], made["shape"]) == (pool, [32])
     network, _ = load_recognizer(tmp_path / "out")
     samples = Samples(open_source("digits:test", 1), network.recipe.clip, 0, None)
-    clips = torch.stack([samples[0, i].clip for i in range(9)])  # type: ignore[misc]
+    clips = torch.stack([samples[0, i, i].clip for i in range(9)])  # type: ignore[misc]
     with np.load(tmp_path / "features.npz") as file:
         torch.testing.assert_close(
             torch.from_numpy(file["features"][:9]), network.pooled(clips).detach(), rtol=0, atol=1e-5

@@ -131,7 +131,7 @@ def test_what_is_saved_is_counted_once_and_without_the_weights() -> None:
             return (squared * (weight * weight).sum()).sum(), None  # keeps the weights, a number, and that result again
 
     trainer.job.objective = Known()  # type: ignore[misc]
-    batch = a_batch([asked.samples[0, i] for i in range(3)], [0, 1, 2])
+    batch = a_batch([asked.samples[0, i, i] for i in range(3)], [0, 1, 2])
     assert batch.clips is not None
     assert saved_bytes(trainer, batch) == 2 * batch.clips.nbytes + 4
 
@@ -139,7 +139,7 @@ def test_what_is_saved_is_counted_once_and_without_the_weights() -> None:
 def test_what_stays_in_memory_is_what_a_trainer_holds() -> None:
     trainer, asked = trainer_of(ema_decays=(0.9, 0.99))
     assert isinstance(trainer.order, Order)
-    one_step(trainer, a_batch([asked.samples[0, 0]], list(range(64))), 1)
+    one_step(trainer, a_batch([asked.samples[0, 0, 0]], list(range(64))), 1)
     told = static_memory(outline(asked))
     state = [x for each in trainer.optimizer.state.values() for x in each.values()]
     assert told["optimizer"] == sum(x.nbytes for x in state)
@@ -159,7 +159,7 @@ def test_the_step_that_is_timed_is_the_step_of_a_training(tmp_path: Path, pieces
     assert isinstance(order, Order)
     (keys,) = order
     samples = [asked.samples[key] for key in keys]
-    one_step(trainer, a_batch(samples, [index for _, index in keys]), pieces)
+    one_step(trainer, a_batch(samples, [key[-1] for key in keys]), pieces)
     torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
     pretrain(Pretrain(**SMALL, **options, out=tmp_path / "run"))
     trained, _ = trainer_of(**options, out=tmp_path / "run")
@@ -226,7 +226,7 @@ def test_a_large_batch_is_extrapolated_and_says_so(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(measuring, "_seconds", clock)
     assert isinstance(trainer.order, Order)
-    samples = [asked.samples[0, 0]]
+    samples = [asked.samples[0, 0, 0]]
     told = time_steps(trainer, samples, trainer.order, 100, 0.0)
     assert (told["measured_batch"], told["step_seconds"], told["update_seconds"]) == (4, 303, 3)
     monkeypatch.setattr(measuring.time, "perf_counter", iter(range(10**9)).__next__)
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     "workers, expected", [(0, "try --workers 500."), (2, "--workers 500 would keep up, if there are")]
 )
 def test_slow_reading_is_told(monkeypatch: pytest.MonkeyPatch, workers: int, expected: str) -> None:
-    slow = lambda samples, order, seconds: measuring.Reading(1.0, 1.0, [samples[0, 0]], 1)  # noqa: E731
+    slow = lambda samples, order, seconds: measuring.Reading(1.0, 1.0, [samples[0, 0, 0]], 1)  # noqa: E731
     monkeypatch.setattr(plan_module, "read_some", slow)
     flops = plan(Plan(**QUICK))["arithmetic"]["train_flops_per_clip"]
     advice = advice_of(workers=workers, peak_tflops=flops * 500 / 1e12, mfu=1.0)

@@ -158,7 +158,7 @@ def test_the_scores_are_those_of_the_maps_by_hand(run: Path, tmp_path: Path, mon
     model, _ = load_model(run)
     source = open_source(str(pictures), 3)
     samples = Samples(source, model.recipe.clip, 0, None)
-    clips = torch.stack([clip for i in range(7) if (clip := samples[0, i].clip) is not None])
+    clips = torch.stack([clip for i in range(7) if (clip := samples[0, i, i].clip) is not None])
     with torch.inference_mode():
         assert_close(seen[0][0], model.encode(clips)[:, 1:], rtol=0, atol=1e-5)
     assert_close(seen[2][0], model.tokens(clips))

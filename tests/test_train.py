@@ -89,7 +89,7 @@ def few_clips(recipe: Recipe, num_clips: int) -> tuple[Tensor, Tensor]:
     clip = recipe.clip
     name = "digits:train" if clip.frames == 1 else "moving-digits:train"
     samples = Samples(open_source(name, clip.channels, clip.frames, clip.height, clip.width), clip, 0, None)
-    chosen = [samples[0, i] for i in range(num_clips)]
+    chosen = [samples[0, i, i] for i in range(num_clips)]
     return torch.stack([s.clip for s in chosen if s.clip is not None]), torch.tensor([s.label for s in chosen])
 
 

@@ -29,6 +29,7 @@ from unveil.tasks.info import Info, info
 from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.plan import Plan, plan
 from unveil.tasks.predict import Predict, predict
+from unveil.tasks.prepare import Prepare, prepare
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.tasks.replay import Replay, replay
@@ -38,6 +39,7 @@ from unveil.train import Progress
 Command = (
     Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
@@ -58,6 +60,7 @@ Command = (
 COMMANDS = (
     "doctor",
     "plan",
+    "prepare",
     "pretrain",
     "finetune",
     "predict",
@@ -76,7 +79,8 @@ COMMANDS = (
 )
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
-Pre-train on unlabelled pictures, probe the model's features, fine-tune it on labels, repaint with it, generate.
+Prepare data for fast reading, pre-train on unlabelled pictures, probe the model's features, fine-tune it on labels, repaint
+with it, generate.
 `unveil COMMAND --help` explains a command.
 --json, after any command, makes stdout one JSON object; what is for people then goes to stderr."""
 
@@ -137,6 +141,37 @@ def _training(run: Callable[[Any, Callable[[Progress], None]], dict[str, Any]]) 
 def _announced(run: Callable[[Any, Callable[[str], None]], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     """A command that says what it is at, for it takes some seconds."""
     return lambda options: run(options, lambda what: say(f"unveil: {what} ..."))
+
+
+def _tell_prepare(result: dict[str, Any]) -> Iterator[str]:
+    held = (
+        f"{result['samples']:,} pictures in {result['shards']:,} shard(s) of {result['bytes'] / 1e6:,.1f} MB together"
+    )
+    if not result["finished"]:
+        yield f"Interrupted: {held} are finished, and the same command goes on from there."
+        return
+    if result["done_before"]:
+        yield f"Finished before, so nothing was done: {held}."
+    else:
+        rate = (
+            ""
+            if result["resumed"]
+            else f", {(result['samples'] + result['skipped']) / result['seconds']:,.0f} pictures/s"
+        )
+        yield f"Finished: {held}{rate}."
+    yield (
+        f"Shrunk: {result['shrunk']:,}. Small enough: {result['copied']:,} copied byte for byte, {result['rewritten']:,} "
+        f"rewritten without loss, {result['compressed']:,} compressed."
+    )
+    if result["compressed"] and result["format"] != "png":
+        yield "With --format png, pictures that are small enough keep every value."
+    if result["skipped"]:
+        yield f"Files that could not be used: {result['skipped']:,}."
+    for note, count in result["converted"].items():
+        yield f"Converted pictures: {count:,} ({note})."
+    if result["skipped"] or result["converted"]:
+        yield f"They are listed in {result['out']}/problems.jsonl."
+    yield f"Train on them: unveil pretrain --data {result['out']} ..."
 
 
 def _tell_training(result: dict[str, Any]) -> Iterator[str]:
@@ -635,6 +670,7 @@ def _tell_export(result: dict[str, Any]) -> Iterator[str]:
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Doctor: (_counted(doctor, "picture"), _tell_doctor),
     Plan: (_announced(plan), _tell_plan),
+    Prepare: (_counted(prepare, "picture"), _tell_prepare),
     Pretrain: (_training(pretrain), _tell_pretrain),
     Finetune: (_training(finetune), _tell_finetune),
     Predict: (_counted(predict, "sample"), _tell_predict),

@@ -7,7 +7,8 @@ for epoch in range(epochs):
     for batch in loader: ...
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from unveil import draws
 from unveil.config import Clip, Training
 from unveil.finetuning import FineTuning
+from unveil.shards import Shards
 from unveil.sources import BadPicture, Picture, Skipped, Source, open_source
 from unveil.transforms import augment, erase, fit
 
 __all__ = [
     "BadPicture",
     "Batch",
+    "Key",
     "Order",
     "Picture",
     "Sample",
@@ -38,15 +41,21 @@ __all__ = [
 ]
 
 
+Key = tuple[int, int, int]  # epoch, place in its order, number of the sample
+
+WINDOW = 65_536  # samples of sharded data that are shuffled together
+
+
 @dataclass(frozen=True)
 class Sample:
     """One clip ready for a batch, or the reason why there is none.
 
-    clip: (C, T, H, W), float32 in [0, 1]; None if it could not be read.
+    place: in the epoch's order. clip: (C, T, H, W), float32 in [0, 1]; None if it could not be read.
     label: class number, or -1.
     """
 
     index: int
+    place: int
     clip: Tensor | None
     label: int
     problem: Skipped | None = None
@@ -56,12 +65,13 @@ class Sample:
 class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     """The readable samples of a batch, and what happened to the others.
 
-    indices: (B,), int64. clips: (B, C, T, H, W), float32 in [0, 1]; None if no sample was readable.
-    labels: (B,), int64, -1 where there is none. problems: the unreadable ones. notes: (index, what was
-    converted) of the readable ones that needed it.
+    indices, places: of the samples, and theirs in the epoch's order, (B,), int64. clips: (B, C, T, H, W), float32 in
+    [0, 1]; None if no sample was readable. labels: (B,), int64, -1 where there is none. problems: the unreadable ones.
+    notes: (index, what was converted) of the readable ones that needed it.
     """
 
     indices: Tensor
+    places: Tensor
     clips: Tensor | None
     labels: Tensor
     problems: list[Skipped]
@@ -72,8 +82,9 @@ class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
         if self.clips is None:
             return []
         number = min(number, len(self.clips))
-        parts = zip(self.indices.chunk(number), self.clips.chunk(number), self.labels.chunk(number), strict=True)
-        return [Batch(indices, clips, labels, [], []) for indices, clips, labels in parts]
+        indices, places, labels = (values.chunk(number) for values in (self.indices, self.places, self.labels))
+        parts = zip(indices, places, self.clips.chunk(number), labels, strict=True)
+        return [Batch(index, place, clips, label, [], []) for index, place, clips, label in parts]
 
 
 def check_pixels(data: str, clip: Clip) -> None:
@@ -105,7 +116,7 @@ def source_for(data: str, clip: Clip, labelled: bool = False) -> Source:
 
 
 class Samples(Dataset[Sample]):
-    """The samples of a source at a clip's size, read by (epoch, index).
+    """The samples of a source at a clip's size, read by (epoch, place in its order, index).
 
     Args:
         training: how to augment; None for evaluation, which centres and never draws.
@@ -137,17 +148,17 @@ class Samples(Dataset[Sample]):
                 self._cached[index] = picture
         return picture
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, place, index = key
         label = self.source.label(index)
         label = -1 if label is None else label
         try:
             picture = self._read(index)
         except BadPicture as bad:
-            return Sample(index, None, label, problem=Skipped(bad.where, bad.reason))
+            return Sample(index, place, None, label, problem=Skipped(bad.where, bad.reason))
         height, width, training = self.clip.height, self.clip.width, self.training
         if training is None:
-            return Sample(index, _to_clip(fit(picture.values, height, width)), label, note=picture.note)
+            return Sample(index, place, _to_clip(fit(picture.values, height, width)), label, note=picture.note)
         strong = training if isinstance(training, FineTuning) else None
         values = augment(
             picture.values,
@@ -164,7 +175,7 @@ class Samples(Dataset[Sample]):
         if strong and strong.erase:
             mean, std = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in (self.clip.mean, self.clip.std))
             clip = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase"))
-        return Sample(index, clip, label, note=picture.note)
+        return Sample(index, place, clip, label, note=picture.note)
 
 
 def _to_clip(values: Tensor) -> Tensor:
@@ -189,6 +200,7 @@ def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.clip is not None]
     return Batch(
         indices=torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        places=torch.tensor([sample.place for sample in good], dtype=torch.int64),
         clips=torch.stack([sample.clip for sample in good if sample.clip is not None]) if good else None,
         labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
         problems=[sample.problem for sample in samples if sample.problem is not None],
@@ -196,50 +208,105 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class Order(Sampler[list[tuple[int, int]]]):
-    """Which samples make which batch in an epoch, as (epoch, index); set `epoch` before each pass.
+class Order(Sampler[list[Key]]):
+    """Which samples make which batch in an epoch, as (epoch, place, index); set `epoch` before each pass.
 
-    `first_batch` skips the batches before it, to go on in the middle of an epoch.
+    It depends on the seed and the epoch alone, so that a resumed run has nothing to restore: `first_batch` skips the batches
+    before it, to go on in the middle of an epoch.
+
+    Samples are drawn from all, or, of shards, from a window of some of them: the shards' order is drawn, as many of them as
+    make WINDOW samples come together, and theirs are shuffled. So few files are read at a time, and no order of a million
+    samples is held. Data of fewer samples is shuffled as a whole.
 
     The last batch is dropped only if there is a whole one before it.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, epoch: int, seed: int, shuffle: bool, drop_last: bool
+        self,
+        num_samples: int,
+        batch_size: int,
+        epoch: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        *,
+        starts: Sequence[int] | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        """
+        Args:
+            batch_size: over all processes.
+            starts: the first sample of each shard, and num_samples; None for data without shards.
+            rank, world: this process and how many there are. Each has its piece of every batch, in the order of their
+                ranks, with the places that one process alone would see.
+
+        Raises:
+            ValueError: a batch has fewer samples than there are processes.
+        """
         self.num_samples, self.batch_size, self.epoch, self.seed = num_samples, batch_size, epoch, seed
         self.shuffle = shuffle
         self.first_batch = 0
-        self._places: tuple[int, Tensor] | None = None
         self.drop_last = drop_last and num_samples >= batch_size
+        self.rank, self.world = rank, world
+        if batch_size < world:
+            raise ValueError(
+                f"A batch of {batch_size} cannot be split over {world} processes. Use --batch-size {world} or more."
+            )
+        self.starts = torch.as_tensor(starts) if starts is not None and num_samples > WINDOW else None
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def _order(self, epoch: int) -> Tensor:
+    def _stretches(self, epoch: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """The epoch's order in stretches: how many samples, and what gives their numbers."""
         if not self.shuffle:
-            return torch.arange(self.num_samples)
-        return torch.randperm(self.num_samples, generator=draws.generator(self.seed, epoch, "order"))
+            yield self.num_samples, lambda: torch.arange(self.num_samples)
+            return
+        drawn = draws.generator(self.seed, epoch, "order")
+        if self.starts is None:
+            yield self.num_samples, lambda: torch.randperm(self.num_samples, generator=drawn)
+            return
+        sizes = self.starts.diff()
+        shards = torch.randperm(len(sizes), generator=drawn)
+        # Windows of about equal size: the last shards would otherwise be left to a small one.
+        ends = sizes[shards].cumsum(0)
+        windows = max(1, self.num_samples // WINDOW)
+        window = ((ends - 1) * windows // self.num_samples).tolist()
+        for number in sorted(set(window)):
+            chosen = shards[[i for i, its in enumerate(window) if its == number]]
 
-    def places(self, epoch: int) -> Tensor:
-        """Where each sample stands in an epoch's order, (num_samples,)."""
-        if self._places is None or self._places[0] != epoch:
-            self._places = (epoch, self._order(epoch).argsort())
-        return self._places[1]
+            def numbers(chosen: Tensor = chosen, number: int = number) -> Tensor:
+                assert self.starts is not None
+                begins, ends = self.starts[chosen].tolist(), self.starts[chosen + 1].tolist()
+                every = torch.cat([torch.arange(a, b) for a, b in zip(begins, ends, strict=True)])
+                return every[torch.randperm(len(every), generator=draws.generator(self.seed, epoch, "window", number))]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+            yield int(sizes[chosen].sum()), numbers
+
+    def _places(self, epoch: int, first: int) -> Iterator[tuple[int, int]]:
+        """Places of an epoch's order from the first on, with the samples that stand there."""
+        place = 0
+        for length, numbers in self._stretches(epoch):
+            if place + length > first:
+                yield from enumerate(numbers()[max(0, first - place) :].tolist(), start=max(place, first))
+            place += length
+
+    def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
-        order = self._order(epoch).tolist()
-        for batch in range(self.first_batch, len(self)):
-            yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        places = self._places(epoch, self.first_batch * self.batch_size)
+        for _ in range(self.first_batch, len(self)):
+            batch = [(epoch, place, index) for place, index in itertools.islice(places, self.batch_size)]
+            begin, end = (len(batch) * rank // self.world for rank in (self.rank, self.rank + 1))
+            yield batch[begin:end]
 
 
 def chosen_batches(
     samples: Samples, indices: Sequence[int], batch_size: int, epoch: int, num_workers: int
 ) -> DataLoader[Any]:
     """A loader of `Batch` over these samples alone, in their order, as they are in that epoch."""
-    keys = [(epoch, index) for index in indices]
+    keys = [(epoch, place, index) for place, index in enumerate(indices)]
     return DataLoader(
         samples,
         batch_sampler=[keys[i : i + batch_size] for i in range(0, len(keys), batch_size)],
@@ -258,11 +325,17 @@ def batches(
     drop_last: bool,
     num_workers: int,
     pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[Any]:
     """A loader of `Batch`. For another epoch, set `loader.batch_sampler.epoch` and iterate again; workers stay alive.
 
+    Args:
+        batch_size: over all processes; rank and world are as in `Order`.
+
     Raises:
-        ValueError: a batch size below 1, or a number of workers that is negative or above the number of samples.
+        ValueError: a batch size below 1 or the number of processes, or a number of workers that is negative or above the
+            number of samples.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} was given; a batch has at least 1 sample.")
@@ -275,7 +348,17 @@ def batches(
         )
     return DataLoader(
         samples,
-        batch_sampler=Order(len(samples), batch_size, epoch, seed, shuffle, drop_last),
+        batch_sampler=Order(
+            len(samples),
+            batch_size,
+            epoch,
+            seed,
+            shuffle,
+            drop_last,
+            starts=samples.source.starts.tolist() if isinstance(samples.source, Shards) else None,
+            rank=rank,
+            world=world,
+        ),
         num_workers=num_workers,  # each runs torch on one thread, which is DataLoader's default
         collate_fn=collate,
         persistent_workers=num_workers > 0,

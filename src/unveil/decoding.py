@@ -3,8 +3,11 @@
 What had to be converted is noted; what cannot be used is a `BadPicture` with its reason.
 """
 
+import contextlib
 import functools
+import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 # EPS starts Ghostscript on what may be anybody's file; the others are stubs that Pillow recognises but cannot decode.
 _REFUSED_FORMATS = ("EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF")
+NPY = b"\x93NUMPY"  # what a .npy file begins with
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class BadPicture(ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+class Away(BadPicture):
+    """One sample cannot be read because everything that it lies among is out of reach; it may come back."""
 
 
 @functools.cache
@@ -135,6 +143,70 @@ def header_of(stream: BinaryIO, where: str) -> Header:
         raise BadPicture(where, f"has no header that can be read ({type(error).__name__}: {error})") from error
 
 
+@contextlib.contextmanager
+def telling(where: str) -> Iterator[None]:
+    """Around what Pillow does with a picture: whatever it raises is raised as a BadPicture with its reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadPicture:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise BadPicture(where, f"above Pillow's limit of {limit:.3g} megapixels; shrink it first") from error
+    except UnidentifiedImageError as error:
+        raise BadPicture(where, "not a picture that Pillow can read") from error
+    except Exception as error:  # Pillow's plugins raise nearly every type on a damaged file
+        raise BadPicture(where, f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def open_image(stream: BinaryIO) -> tuple[Image.Image, list[str]]:
+    """A picture file, not yet decoded, and what of it will not be seen; to be called inside `telling`."""
+    image: Image.Image = Image.open(stream, formats=_formats())
+    notes = []
+    num_frames = getattr(image, "n_frames", 1)
+    if num_frames > 1:
+        notes.append(f"first of {num_frames} frames used")
+    # Sixteen bits of colour become eight without a word.
+    if ";16" in _stored(image) and not image.mode.startswith("I"):
+        notes.append("16-bit colour read as 8-bit")
+    return image, notes
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its one channel has more than eight bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def deep_values(image: Image.Image, where: str) -> np.ndarray:
+    """A picture of one deep channel, (H, W), float32 in [0, 1]; 65535 of sixteen bits is 1.
+
+    Raises:
+        BadPicture: values out of that range.
+    """
+    values = np.array(image)
+    if image.mode == "F":
+        _check_unit_range(values, where)
+        return values.astype(np.float32, copy=False)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise BadPicture(where, f"integers from {low} to {high}; 8-bit and 16-bit pictures can be read")
+    return values.astype(np.float32) / 65535
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture without its transparency, still RGBA."""
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether some pixel of an RGBA picture is not opaque."""
+    return image.getchannel("A").getextrema() != (255, 255)
+
+
 def decode(stream: BinaryIO, where: str, channels: int, height: int | None = None, width: int | None = None) -> Picture:
     """Decode a picture file with Pillow: upright, its first frame, with the channels that are wanted.
 
@@ -154,61 +226,32 @@ def decode(stream: BinaryIO, where: str, channels: int, height: int | None = Non
         raise BadPicture(
             where, f"a picture file cannot fill {channels} channels; use .npy arrays of (H, W, {channels})"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(stream, where, channels, height, width)
-    except BadPicture:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise BadPicture(where, f"above Pillow's limit of {limit:.3g} megapixels; shrink it first") from error
-    except UnidentifiedImageError as error:
-        raise BadPicture(where, "not a picture that Pillow can read") from error
-    except Exception as error:  # Pillow's plugins raise nearly every type on a damaged file
-        raise BadPicture(where, f"cannot be decoded ({type(error).__name__}: {error})") from error
+    with telling(where):
+        return _decode(stream, where, channels, height, width)
 
 
 def _decode(stream: BinaryIO, where: str, channels: int, height: int | None, width: int | None) -> Picture:
-    image: Image.Image = Image.open(stream, formats=_formats())
-    notes = []
+    image, notes = open_image(stream)
     if height is not None and width is not None:
         # Random crops keep a fifth of the area or more (Training.crop_scale), so this many pixels keep them sharp.
         # The longer side for both, because the picture may still be turned upright.
         side = int(max(height, width) / 0.2**0.5) + 1
         image.draft(None, (side, side))  # does something for JPEG only
-    num_frames = getattr(image, "n_frames", 1)
-    if num_frames > 1:
-        notes.append(f"first of {num_frames} frames used")
-    # Sixteen bits of colour become eight without a word.
-    if ";16" in _stored(image) and not image.mode.startswith("I"):
-        notes.append("16-bit colour read as 8-bit")
 
     ImageOps.exif_transpose(image, in_place=True)  # in place, for otherwise it copies every picture
     mode = image.mode
-    if mode.startswith("I") or mode == "F":
-        values = np.array(image)
-        if mode == "F":
-            _check_unit_range(values, where)
-            notes.append("float")
-        else:
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high > 65535:
-                raise BadPicture(where, f"integers from {low} to {high}; 8-bit and 16-bit pictures can be read")
-            values = values.astype(np.float32) / 65535
-            notes.append("16-bit")
-        values = fill_channels(values.astype(np.float32, copy=False), channels)
+    if is_deep(image):
+        notes.append("float" if mode == "F" else "16-bit")
+        values = fill_channels(deep_values(image, where), channels)
         return Picture(frames_first(values), "; ".join(notes))
 
     if mode not in ("1", "L", "LA", "RGB", "RGBA"):
         notes.append(f"{'palette' if mode == 'P' else mode} converted to RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if channels != 4 and image.getchannel("A").getextrema() != (255, 255):
+        if channels != 4 and has_alpha(image):
             notes.append("transparency put over white")
-            white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(image)
-            image = white
+            image = over_white(image)
     elif mode not in ("1", "L"):
         image = image.convert("RGB")
     if mode in ("1", "L", "LA") and channels != 1:
@@ -223,8 +266,8 @@ def _decode(stream: BinaryIO, where: str, channels: int, height: int | None, wid
     return Picture(frames_first(values), "; ".join(notes) or None)
 
 
-def decode_array(stream: BinaryIO, where: str, channels: int) -> Picture:
-    """Decode a .npy array of (H, W, C), or (H, W) for one channel; uint8, uint16, or float32 in [0, 1].
+def load_array(stream: BinaryIO, where: str) -> np.ndarray:
+    """A .npy array as it is: (H, W) or (H, W, C) of uint8, uint16, or float32 in [0, 1].
 
     Raises:
         BadPicture: another shape or dtype, values out of range, or a damaged file.
@@ -235,20 +278,35 @@ def decode_array(stream: BinaryIO, where: str, channels: int) -> Picture:
         raise BadPicture(where, f"not a .npy array ({type(error).__name__}: {error})") from error
     if not isinstance(values, np.ndarray):
         raise BadPicture(where, "an archive of arrays; save one array with numpy.save")
-    shape = values.shape
+    if values.ndim not in (2, 3) or not values.size:
+        raise BadPicture(where, f"an array of shape {values.shape}; it must be (height, width, channels)")
+    if values.dtype.name == "float32":
+        _check_unit_range(values, where)
+    elif values.dtype.name not in ("uint8", "uint16"):
+        raise BadPicture(where, f"an array of {values.dtype}; use uint8, uint16, or float32 between 0 and 1")
+    return values
+
+
+def decode_array(stream: BinaryIO, where: str, channels: int) -> Picture:
+    """Decode a .npy array of (H, W, C), or (H, W) for one channel; uint8, uint16, or float32 in [0, 1].
+
+    Raises:
+        BadPicture: another shape or dtype, values out of range, or a damaged file.
+    """
+    values = load_array(stream, where)
     values = values[:, :, None] if values.ndim == 2 else values
-    if values.ndim != 3 or not values.size:
-        raise BadPicture(where, f"an array of shape {shape}; it must be (height, width, {channels})")
     if values.shape[2] != channels:
         raise BadPicture(where, f"an array of {values.shape[2]} channels where {channels} are wanted")
     if values.dtype.name == "uint16":
         return Picture(frames_first(values.astype(np.float32) / 65535), "16-bit")
-    if values.dtype.name == "float32":
-        _check_unit_range(values, where)
-        return Picture(frames_first(values.astype(np.float32)))
-    if values.dtype.name != "uint8":
-        raise BadPicture(where, f"an array of {values.dtype}; use uint8, uint16, or float32 between 0 and 1")
-    return Picture(frames_first(values))
+    return Picture(frames_first(values.astype(values.dtype.newbyteorder("="))))
 
 
-# Folders
+def decode_bytes(
+    data: bytes, where: str, channels: int, height: int | None = None, width: int | None = None
+) -> Picture:
+    """`decode` or `decode_array`, by what the bytes are."""
+    stream = io.BytesIO(data)
+    if data.startswith(NPY):
+        return decode_array(stream, where, channels)
+    return decode(stream, where, channels, height, width)

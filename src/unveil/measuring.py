@@ -138,10 +138,11 @@ def read_some(samples: Samples, order: Order, seconds: float) -> Reading:
 
 
 def a_batch(samples: list[Sample], indices: list[int]) -> Batch:
-    """Clips that were read, again and again, as the samples of these numbers."""
+    """Clips that were read, again and again, as the samples of these numbers, at the first places of an epoch."""
     some = [samples[i % len(samples)] for i in range(len(indices))]
     clips = torch.stack([sample.clip for sample in some if sample.clip is not None])
-    return Batch(torch.tensor(indices), clips, torch.tensor([sample.label for sample in some]), [], [])
+    labels = torch.tensor([sample.label for sample in some])
+    return Batch(torch.tensor(indices), torch.arange(len(indices)), clips, labels, [], [])
 
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
@@ -181,7 +182,8 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
 
 
 def activations(trainer: Trainer, samples: list[Sample], least: int) -> Activations:
-    """Measured on two small batches, `least` clips and twice as many."""
+    """Measured on two small batches, `least` clips and twice as many; one alone is no measure, as its copies can be views."""
+    least = max(2, least)
     few, more = (saved_bytes(trainer, a_batch(samples, list(range(n)))) for n in (least, 2 * least))
     per_clip = (more - few) // least
     return Activations(max(0, few - per_clip * least), per_clip)

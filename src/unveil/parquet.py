@@ -112,15 +112,17 @@ class Parquet:
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def encoded(self, index: int) -> bytes | None:
+    def encoded(self, index: int) -> bytes:
+        """The file of a sample; raises BadPicture."""
         file = self._file(index)
-        return self._images[file][index - self._starts[file]].as_py() or b""
-
-    def read(self, index: int) -> Picture:
-        encoded = self.encoded(index)
+        encoded = self._images[file][index - self._starts[file]].as_py()
         if not encoded:
             raise BadPicture(self.where(index), "no bytes in this row (0 bytes, or a path only)")
-        return decode(io.BytesIO(encoded), self.where(index), self.channels, self.height, self.width)
+        return encoded
+
+    def read(self, index: int) -> Picture:
+        stream = io.BytesIO(self.encoded(index))
+        return decode(stream, self.where(index), self.channels, self.height, self.width)
 
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels and self._labels[index] >= 0 else None

@@ -24,8 +24,9 @@ class TrainingOptions:
     """What a user may say of any training; a command's options are these and its own."""
 
     data: str
-    """A folder of pictures (nested or flat), a parquet file with an image column, `digits:train`, or
-    `moving-digits:train`. With labels: a folder for each class, or a label column."""
+    """A folder of pictures (nested or flat), a folder that `unveil prepare` made, a parquet file with an image column, tar
+    shards as webdataset has them, `digits:train`, or `moving-digits:train`. With labels: a folder for each class, a label
+    column, or .cls members."""
     out: Path
     """Directory of the run. If it holds an interrupted run of the same settings, that run is continued."""
 

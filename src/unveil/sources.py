@@ -1,24 +1,27 @@
-"""Where samples come from: folders of pictures, tables of paths, parquet files, and digits that need no download.
+"""Where samples come from: folders of pictures, tables of paths, parquet files, tar shards, and digits that need no download.
 
 Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.data` turns them into clips.
 """
 
-import contextlib
 import difflib
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from unveil.config import nearest
-from unveil.decoding import BadPicture, Picture, Skipped, decode, decode_array, extensions
+from unveil.decoding import Away, BadPicture, Picture, Skipped, decode, decode_array, extensions
 from unveil.digits import Digits, MovingDigits
 from unveil.parquet import Parquet
+from unveil.reading import Patience, is_away, system_error
+from unveil.shards import Shards, open_foreign, open_prepared, read_manifest
 from unveil.tables import PATH, is_table, read_table
 
 BUILTINS = tuple(name + split for name in ("digits", "moving-digits") for split in ("", ":train", ":test"))
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -38,7 +41,7 @@ class Source(Protocol):
         ...
 
     def encoded(self, index: int) -> bytes | None:
-        """The bytes that a sample is decoded from, perhaps none; None if it is made and not decoded. Raises BadPicture."""
+        """The file that a sample is decoded from; None if it is made and not decoded. Raises BadPicture."""
         ...
 
     def label(self, index: int) -> int | None: ...
@@ -46,9 +49,6 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """What to call a sample in a message: a path below the folder, or 'row 17'."""
         ...
-
-
-# Decoding
 
 
 def as_text(where: str) -> str:
@@ -78,6 +78,7 @@ class Folder:
         self.paths = tuple(paths)
         self.skipped = skipped
         self.channels, self.height, self.width = channels, height, width
+        self._patience = Patience()
         self.classes: tuple[str, ...] | None = None
         self.empty_classes: tuple[str, ...] = ()
         if all("/" in path for path in self.paths):
@@ -91,25 +92,34 @@ class Folder:
         return len(self.paths)
 
     def read(self, index: int) -> Picture:
-        where = self.where(index)
-        with self._opened(where) as stream:
+        def use(stream: BinaryIO, where: str) -> Picture:
             if where.lower().endswith(".npy"):
                 return decode_array(stream, where, self.channels)
             return decode(stream, where, self.channels, self.height, self.width)
 
-    def encoded(self, index: int) -> bytes | None:
-        with self._opened(self.where(index)) as stream:
-            return stream.read()
+        return self._read(index, use)
 
-    @contextlib.contextmanager
-    def _opened(self, where: str) -> Iterator[BinaryIO]:
-        try:
+    def encoded(self, index: int) -> bytes:
+        return self._read(index, lambda stream, where: stream.read())
+
+    def _read(self, index: int, use: Callable[[BinaryIO, str], T]) -> T:
+        """What `use` makes of a sample's file; raises BadPicture."""
+        where = self.where(index)
+
+        def once() -> T:
             with open(self.root / where, "rb") as stream:
-                yield stream
-        except FileNotFoundError as error:
-            raise BadPicture(where, "vanished since the folder was opened") from error
-        except OSError as error:
-            raise BadPicture(where, f"cannot be opened ({error.strerror or error})") from error
+                return use(stream, where)
+
+        try:
+            return self._patience.read(once, self.root)
+        except (OSError, BadPicture) as error:
+            system = system_error(error)
+            if system is None:
+                raise
+            kind = Away if is_away(self.root) else BadPicture
+            if isinstance(system, FileNotFoundError):
+                raise kind(where, "vanished since the folder was opened") from system
+            raise kind(where, f"cannot be read ({system.strerror or system})") from system
 
     def label(self, index: int) -> int | None:
         return self._label_of[self.paths[index].split("/")[0]] if self.classes else None
@@ -221,7 +231,8 @@ def files_of(source: Source) -> list[str]:
         names = files_of(source.source)
         return [names[row] for row in source.rows]
     if not isinstance(source, Folder):
-        return [f"{source.name}/{source.where(i)}" for i in range(len(source))]
+        name = os.path.realpath(source.root) if isinstance(source, Shards) else source.name
+        return [f"{name}/{source.where(i)}" for i in range(len(source))]
     real: dict[str, str] = {}  # of folders, which are fewer than files
     names = []
     for i in range(len(source)):
@@ -288,23 +299,42 @@ def _sort_out(root: Path, files: Sequence[str]) -> tuple[list[str], list[Skipped
     return pictures, skipped
 
 
-def _open_folder(data: str, root: Path, channels: int, height: int | None, width: int | None) -> "Folder | Parquet":
+def _one_set(data: str, root: Path, files: Sequence[str], extension: str, kind: str) -> list[Path]:
+    """The files of a folder that end so.
+
+    Raises:
+        ValueError: they are of several sets, as of a train and a test set, which must not be mixed by accident.
+    """
+    shards = [path for path in files if path.lower().endswith(extension)]
+    groups = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", path[: -len(extension)]) for path in shards})
+    if len(groups) > 1:
+        raise ValueError(
+            f"{data!r} holds {len(groups)} different sets of {kind} files ({', '.join(groups[:5])}). "
+            f"Name one, for example '{root / groups[0]}*{extension}'."
+        )
+    return [root / path for path in shards]
+
+
+def _open_folder(
+    data: str, root: Path, channels: int, height: int | None, width: int | None
+) -> "Folder | Parquet | Shards":
+    manifest = read_manifest(root)
+    if manifest is not None:
+        return open_prepared(data, root, manifest, channels, height, width)
     files, skipped = _walk(root)
     pictures, not_pictures = _sort_out(root, files)
     if pictures:
         return Folder(data, root, pictures, skipped + not_pictures, channels, height, width)
-    shards = [path for path in files if path.lower().endswith(".parquet")]
-    if shards:
-        groups = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", path[: -len(".parquet")]) for path in shards})
-        if len(groups) > 1:  # a train and a test set in one folder must not be mixed by accident
-            raise ValueError(
-                f"{data!r} holds {len(groups)} different sets of parquet files ({', '.join(groups[:5])}). "
-                f"Name one, for example '{root / groups[0]}*.parquet'."
-            )
-        others = [bad for bad in not_pictures if bad.where not in shards]
-        return Parquet(data, [root / path for path in shards], skipped + others, channels, height, width)
+    for extension, kind in ((".parquet", "parquet"), (".tar", "tar")):
+        shards = _one_set(data, root, files, extension, kind)
+        if shards:
+            others = [bad for bad in not_pictures if not bad.where.lower().endswith(extension)]
+            open_them = Parquet if extension == ".parquet" else open_foreign
+            return open_them(data, shards, skipped + others, channels, height, width)
     found = f"{len(files)} files, none of which is a picture" if files else "no files"
-    raise ValueError(f"{data!r} holds {found}. Name a folder with pictures (.png, .jpg, ...), or a .parquet file.")
+    raise ValueError(
+        f"{data!r} holds {found}. Name a folder with pictures (.png, .jpg, ...), or a .parquet or .tar file."
+    )
 
 
 # Opening
@@ -320,7 +350,9 @@ def _missing(data: str) -> ValueError:
     if close and not difflib.get_close_matches(data, BUILTINS, n=1):
         hint = f"Did you mean {str(path.parent / close[0])!r}?"
     else:
-        hint = "Name a folder, a picture or a .parquet file that exists, or a built-in set. " + nearest(data, BUILTINS)
+        hint = "Name a folder, a picture, a .parquet or .tar file that exists, or a built-in set. " + nearest(
+            data, BUILTINS
+        )
     return ValueError(f"There is no data at {data!r}. {hint}")
 
 
@@ -331,8 +363,8 @@ def open_source(
 
     Args:
         data: `digits` or `moving-digits`, perhaps with `:train` or `:test` (a folder of that name is `./digits`); a
-            folder of pictures; a picture; a .csv or .parquet with a column `path`; a .parquet file of pictures, a folder of
-            such files or a pattern like `train-*.parquet`.
+            folder of pictures; a picture; a .csv or .parquet with a column `path`; a .parquet file of pictures or a .tar
+            of them, a folder of such files or a pattern like `train-*.tar`; a folder that `unveil prepare` made.
         channels: what pictures are converted to: 1, 3 or 4; other numbers only with .npy arrays.
         frames: frames of a clip; only moving-digits has more than 1.
         height, width: the size of moving-digits (24 x 24 if not given), and what large JPEGs need at least.
@@ -357,20 +389,30 @@ def open_source(
     if data in BUILTINS:
         return Digits(data, split or "all", channels)
     if pattern:
-        shards = sorted(glob.glob(str(path), recursive=True))
+        shards = [Path(shard) for shard in sorted(glob.glob(str(path), recursive=True))]
         if not shards:
-            raise ValueError(f"No file matches {data!r}. Check the pattern; it must match .parquet files.")
-        other = [shard for shard in shards if not shard.lower().endswith(".parquet")]
+            raise ValueError(f"No file matches {data!r}. Check the pattern; it must match .parquet or .tar files.")
+        endings = {shard.suffix.lower() for shard in shards}
+        if endings == {".tar"}:
+            return open_foreign(data, shards, [], channels, height, width)
+        other = [shard for shard in shards if shard.suffix.lower() != ".parquet"]
         if other:
-            raise ValueError(f"{data!r} matches {other[0]!r}, which is not a .parquet file. Name the folder instead.")
-        return Parquet(data, [Path(shard) for shard in shards], [], channels, height, width)
+            raise ValueError(
+                f"{data!r} matches {str(other[0])!r}, which is not a .parquet file; a pattern matches these, or .tar files, "
+                "and no others. Name the folder instead."
+            )
+        return Parquet(data, shards, [], channels, height, width)
     if path.is_dir():
         return _open_folder(data, path, channels, height, width)
     if path.is_file() and is_table(path):
         return Listed(data, path, channels, height, width)
     if path.suffix.lower() == ".parquet":
         return Parquet(data, [path], [], channels, height, width)
+    if path.suffix.lower() == ".tar":
+        return open_foreign(data, [path], [], channels, height, width)
     pictures, skipped = _sort_out(path.parent, [path.name]) if path.is_file() else ([], [Skipped(data, "not a file")])
     if not pictures:
-        raise ValueError(f"{data!r} is no data: {skipped[0].reason}. Name a folder, a picture or a .parquet file.")
+        raise ValueError(
+            f"{data!r} is no data: {skipped[0].reason}. Name a folder, a picture, a .parquet or a .tar file."
+        )
     return Folder(data, path.parent, pictures, [], channels, height, width)

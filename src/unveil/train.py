@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unveil import __version__
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, write_atomically
 from unveil.config import Training
-from unveil.data import Batch, Order, Samples, batches
+from unveil.data import BadPicture, Batch, Order, Samples, batches
 from unveil.optim import adam_state, running_average
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
@@ -121,6 +121,7 @@ class Trainer:
         self.images_seen = 0
         self.problems: dict[str, str] = {s.where: s.reason for s in samples.source.skipped}
         self.notes: dict[int, str] = {}
+        self.read_before: int | None = None  # a sample that could be read
         self.sheet_clips: Tensor | None = None
         self.best: dict[str, float] | None = None
         self.restarts = 0
@@ -137,9 +138,8 @@ class Trainer:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Clips, and what the current step draws for them."""
-        assert isinstance(self.order, Order)
         epoch = self.named(self.step // self.steps_per_epoch)
-        return self.job.inputs(batch, epoch, self.order.places(epoch)[batch.indices].tolist())
+        return self.job.inputs(batch, epoch, batch.places.tolist())
 
     def named(self, number: int) -> int:
         """The number of an epoch or a step, where it names draws: others than before after the run went back."""
@@ -152,6 +152,16 @@ class Trainer:
             self.order.epoch = self.named(epoch)
             self.order.first_batch = self.step - epoch * self.steps_per_epoch
             yield from self.loader
+
+    def is_lost(self) -> bool:
+        """Whether not even what was read before can be read now."""
+        if self.read_before is None:
+            return False
+        try:
+            self.samples.source.read(self.read_before)
+        except BadPicture:
+            return True
+        return False
 
     def lr(self) -> float:
         """The learning rate of the current step."""
@@ -319,18 +329,16 @@ class Trainer:
     def named_step(self, batch: Batch) -> Step:
         """The step under way, as something to find again."""
         epoch = self.named(self.step // self.steps_per_epoch)
-        return Step(self.step, [(epoch, index) for index in batch.indices.tolist()])
+        keys = zip(batch.places.tolist(), batch.indices.tolist(), strict=True)
+        return Step(self.step, [(epoch, place, index) for place, index in keys])
 
     def skip(self, step: Step) -> None:
         """Count a step that was skipped, and keep its batch."""
-        assert isinstance(self.order, Order)
         self.skipped.append(step.number)
-        places = self.order.places(step.keys[0][0])[torch.tensor([index for _, index in step.keys])].tolist()
         about = dataclasses.replace(self.about(average=False), step=step.number)
         write_bundle(
             self.run.out,
             step,
-            places,
             self.samples,
             lambda path: self.job.save(path, _kept(self.model), about),
             {"seed": self.run.seed, "precision": self.run.precision, "named": self.named(step.number)},
@@ -340,6 +348,11 @@ class Trainer:
         for problem in batch.problems:
             self.problems.setdefault(problem.where, problem.reason)
         self.notes.update(batch.notes)
+        if batch.clips is not None:
+            self.read_before = int(batch.indices[-1])
+            if self.problems:  # what was unreadable while its disk was away is no problem any more
+                for index in batch.indices.tolist():
+                    self.problems.pop(self.samples.source.where(index), None)
         if self.sheet_clips is None and batch.clips is not None:
             self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
 
@@ -459,6 +472,11 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
             waiting += time.perf_counter() - asked
             trainer.note(batch)
             unreadable = 0 if batch.clips is not None else unreadable + 1
+            if unreadable and trainer.is_lost():
+                raise ValueError(
+                    f"{run.data!r} cannot be read any more, not even what could be read before: has it moved? The last save in "
+                    f"{run.out} is kept, and the same command goes on from there once the data is back."
+                )
             if batch.clips is not None:
                 trainer.optimizer.zero_grad(set_to_none=True)
                 value = torch.zeros((), device=device)

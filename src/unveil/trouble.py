@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unveil.checkpoint import WEIGHTS, write_atomically
-from unveil.data import Samples, collate
+from unveil.data import Key, Samples, collate
 
 PATIENCE = 3  # steps in a row that are skipped before a run goes back to its last save
 MAX_RESTARTS = 3
@@ -23,11 +23,11 @@ BUNDLES, BATCH = "skipped", "batch.safetensors"
 class Step:
     """A step and what names its draws.
 
-    number: of steps before it. keys: (epoch, index) of its readable samples, the epoch as it names draws.
+    number: of steps before it. keys: of its readable samples, the epoch as it names draws.
     """
 
     number: int
-    keys: list[tuple[int, int]]
+    keys: list[Key]
 
 
 def guard(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tensor:
@@ -87,7 +87,6 @@ class Health:
 def write_bundle(
     out: Path,
     step: Step,
-    places: list[int],
     samples: Samples,
     save_model: Callable[[Path], None],
     facts: dict[str, Any],
@@ -95,7 +94,6 @@ def write_bundle(
     """Keep a skipped step: its samples as they were read, and the model, in a folder of its own; of the first few only.
 
     Args:
-        places: of its samples in the epoch's order.
         save_model: writes the weights, which the step left as they were, to a path.
         facts: seed, precision and what else a replay needs.
     """
@@ -111,7 +109,7 @@ def write_bundle(
         "clips": batch.clips.contiguous(),
         "labels": batch.labels,
         "indices": batch.indices,
-        "places": torch.tensor(places),
+        "places": batch.places,
     }
     metadata = {"facts": json.dumps({**facts, "step": step.number, "epoch": step.keys[0][0]})}
     write_atomically(folder / BATCH, lambda part: safetensors.torch.save_file(tensors, part, metadata))

@@ -29,7 +29,7 @@ class Inpaint(FromRun):
     """
 
     images: str
-    """A picture, a folder of pictures, a parquet file, or `digits:test`."""
+    """A picture, a folder of pictures, a parquet file, tar shards, or `digits:test`."""
     out: Path
     """Directory for the results."""
     mask: str = "random:0.75"

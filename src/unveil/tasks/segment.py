@@ -115,7 +115,9 @@ def _labelled(data: str, labels: Path, clip: Clip, num_classes: int | None) -> t
         raise ValueError(f"{str(labels)!r} lies in {data}, so that its maps would be read as pictures. Move it out.")
     source = source_for(data, clip)
     if not isinstance(source, Folder):
-        raise ValueError(f"{data!r} holds parquet files; label maps are found by the paths of pictures. Name a folder.")
+        raise ValueError(
+            f"{data!r} holds parquet files or tar shards; label maps are found by the paths of pictures. Name a folder."
+        )
     maps, of = [], dict[Path, str]()
     for where in source.paths:
         path = (labels / where).with_suffix(".png")
@@ -282,7 +284,7 @@ def segment(options: Segment, on_progress: Callable[[int, int], None] | None = N
     shown = (
         torch.linspace(0, len(truth) - 1, min(SHOWN, len(truth))).round().long()
     )  # of the whole folder, not its first class
-    pictures = [test_samples[0, i].clip for i in test_rows[shown].tolist()]
+    pictures = [test_samples[0, i, i].clip for i in test_rows[shown].tolist()]
     sheet = [
         ("pictures", [picture for picture in pictures if picture is not None]),
         ("truth; black has no class", [_painted(label_map, colours) for label_map in truth[shown]]),
