@@ -428,6 +428,7 @@ def skipped_step(run: Path, bundle: Path) -> None:
     write_bundle(
         run,
         step,
+        0,
         Samples(source, recipe.clip, 0, recipe.training),
         lambda path: save_weights(path, recipe, model.state_dict(), about),
         {"seed": 0, "precision": "fp32"},

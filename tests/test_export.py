@@ -227,7 +227,7 @@ def test_the_preprocessor_is_read_by_its_library(tmp_path: Path) -> None:
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 60, 3)).astype(np.uint8))
     wide.save(tmp_path / "wide.png")
     source = open_source(str(tmp_path / "wide.png"), 3)
-    ours = Samples(source, recipe.clip, 0, None)[0, 0].clip
+    ours = Samples(source, recipe.clip, 0, None)[0, 0, 0].clip
     assert ours is not None
     theirs = processor(wide, return_tensors="pt")["pixel_values"]
     # they round to 8 bits after scaling, and before normalising

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from unveil.checkpoint import pick_device
 from unveil.config import Training, check_choice
 from unveil.data import Samples, Source, decoded_bytes
 from unveil.recipe import Recipe
 from unveil.rundir import Precision, Run
+from unveil.spread import Spread
 
 MAX_SIDE = 8192  # pixels; positions alone would fill the memory beyond
 CACHE_LIMIT = 2**31  # bytes of decoded pictures that are kept in memory
@@ -125,7 +125,7 @@ def prepare(
         workers = 0 if fits else min(torch.get_num_threads(), len(source))
     if len(source) < recipe.training.batch_size:  # and the learning rate with it
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=len(source)))
-    device = pick_device(options.device)
+    device = Spread().device(options.device)
     run = Run(
         data=options.data,
         out=options.out,

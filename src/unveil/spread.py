@@ -18,7 +18,9 @@ class Spread:
     Used as a context it joins them, and leaves at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        """backend: "gloo", on GPUs too, where only finished things are exchanged; see `torch.distributed`."""
+        self.backend = backend
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0")) if self.world > 1 else 0
 
@@ -30,8 +32,8 @@ class Spread:
         """
         if self.world > 1 and not can_be_spread:
             raise ValueError(
-                f"torchrun started {self.world} processes, but only `unveil generate` spreads its work over them. Start this "
-                "command without torchrun."
+                f"torchrun started {self.world} processes, but only pretrain, finetune-generator and generate spread their "
+                "work over them. Start this command without torchrun."
             )
 
     def device(self, asked: str | None) -> str:
@@ -41,10 +43,23 @@ class Spread:
         return pick_device(asked)
 
     def __enter__(self) -> "Spread":
-        if self.world > 1:  # gloo on GPUs too: only finished pictures are exchanged
-            dist.init_process_group("gloo", timeout=WAIT)
-            dist.barrier()  # nobody writes before everybody has looked at the directory
+        if self.world > 1:
+            dist.init_process_group(self.backend, timeout=WAIT)
+            self.wait()  # nobody writes before everybody has looked at the directory
         return self
+
+    def wait(self) -> None:
+        """For all the others."""
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, *numbers: int) -> list[int]:
+        """The sums over all processes, made without the devices, which go on meanwhile."""
+        if self.world == 1:
+            return list(numbers)
+        together = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(together)
+        return together.tolist()
 
     def __exit__(self, *error: object) -> None:
         if self.world > 1:

@@ -1,19 +1,22 @@
 """The training loop: one optimiser, running averages, saves to resume from."""
 
 import dataclasses
+import inspect
 import json
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from unveil import __version__
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, write_atomically
@@ -25,6 +28,7 @@ from unveil.recipe import Recipe, to_dict
 from unveil.report import save_png
 from unveil.rundir import CONFIG, PROBLEMS, SHEET, Metrics, Run, check_same_run, interruptible, last_loss, lock
 from unveil.saves import Saves
+from unveil.spread import Spread
 from unveil.training_report import write_training_report
 from unveil.trouble import BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step, gradient_norm, guard, write_bundle
 
@@ -97,8 +101,9 @@ class Job(Protocol):
 class Trainer:
     """State of a run between steps: everything that a resumed run needs to go on exactly as it would have."""
 
-    def __init__(self, job: Job, samples: Samples, run: Run) -> None:
+    def __init__(self, job: Job, samples: Samples, run: Run, spread: Spread | None = None) -> None:
         self.job, self.samples, self.run = job, samples, run
+        self.spread = spread or Spread()
         training = job.training
         self.model, self.optimizer = job.model, job.optimizer
         self.averages = nn.ModuleList(running_average(self.model, decay) for decay in training.ema_decays)
@@ -111,6 +116,8 @@ class Trainer:
             drop_last=True,
             num_workers=run.workers,
             pin_memory=run.device.startswith("cuda"),
+            rank=self.spread.rank,
+            world=self.spread.world,
         )
         self.order = self.loader.batch_sampler
         assert isinstance(self.order, Order)
@@ -138,6 +145,7 @@ class Trainer:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Clips, and what the current step draws for them."""
+        assert batch.clips is not None
         epoch = self.named(self.step // self.steps_per_epoch)
         return self.job.inputs(batch, epoch, batch.places.tolist())
 
@@ -152,6 +160,13 @@ class Trainer:
             self.order.epoch = self.named(epoch)
             self.order.first_batch = self.step - epoch * self.steps_per_epoch
             yield from self.loader
+
+    def stand_in(self) -> Batch:
+        """A clip that counts nothing, for a process whose part of a batch cannot be read while that of others can."""
+        clip = self.samples.clip
+        clips = torch.zeros(1, clip.channels, clip.frames, clip.height, clip.width)
+        zero = torch.zeros(1, dtype=torch.int64)
+        return Batch(zero, zero, clips, zero - 1, [], [])
 
     def is_lost(self) -> bool:
         """Whether not even what was read before can be read now."""
@@ -168,7 +183,10 @@ class Trainer:
         return self.job.lr_at(self.step, self.num_steps, self.warmup_steps)
 
     def evaluate(self) -> dict[str, float]:
-        """The job's numbers after an epoch, now; the weights of the best epoch so far are kept beside the last ones."""
+        """The job's numbers after an epoch, now; the weights of the best epoch so far are kept beside the last ones.
+
+        The first process of several does it for all.
+        """
         numbers = self.job.evaluate(self.in_use.eval())
         self.model.train()
         if self.best is None or numbers["score"] > self.best["score"]:
@@ -216,6 +234,11 @@ class Trainer:
         out = self.run.out
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise NotFinite("The weights became infinite or no numbers")
+        for problems, notes in self.spread.gather((self.problems, self.notes), None):
+            self.problems |= problems
+            self.notes |= notes
+        if self.spread.rank:
+            return
         facts = {
             "step": self.step,
             "images_seen": self.images_seen,
@@ -253,6 +276,8 @@ class Trainer:
 
     def save_start(self) -> None:
         """Write what a run that goes wrong before its first save goes back to; so a disk that is full is met at once."""
+        if self.spread.rank:
+            return
         facts = {"step": 0, "images_seen": 0, "restarts": 0, "skipped": [], "optimizer": [], "best": None}
         self.saves.write(0, 0, self.state(), {**facts, "problems": {}, "notes": {}}, lambda: None)
         self.saves.wait()
@@ -282,7 +307,8 @@ class Trainer:
             ValueError: no save is whole, or it is of another run or version.
         """
         out = self.run.out
-        self.saves.clear()
+        if not self.spread.rank:
+            self.saves.clear()
         found = self.saves.newest()
         if found is None:
             if (out / OLD_STATE).exists():
@@ -322,6 +348,7 @@ class Trainer:
                 f"fp32. The batches that did it lie in {self.run.out / BUNDLES}: `unveil replay` looks into them."
             )
         self.saves.wait()
+        self.spread.wait()
         self.optimizer.zero_grad(set_to_none=True)
         self.load()
         self.restarts, self.skipped = restarts, skipped
@@ -339,6 +366,7 @@ class Trainer:
         write_bundle(
             self.run.out,
             step,
+            self.spread.rank,
             self.samples,
             lambda path: self.job.save(path, _kept(self.model), about),
             {"seed": self.run.seed, "precision": self.run.precision, "named": self.named(step.number)},
@@ -395,6 +423,10 @@ def run_job(
         make: called once the directory is known to be free.
         recipe, compared: what the run is compared by, with its data, seed and start.
     """
+    on_gpus = run.device.startswith("cuda")
+    spread = Spread("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    if spread.world > 1 and on_gpus:
+        torch.cuda.set_device(run.device)
     config = {
         "recipe": recipe,
         **compared,
@@ -407,28 +439,63 @@ def run_job(
         "version": __version__,
     }
     check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
-    with lock(run.out), interruptible() as interrupted:
-        trainer = Trainer(make(), samples, run)
+    first = spread.rank == 0
+    with spread, lock(run.out) if first else nullcontext(), interruptible() as interrupted:
+        trainer = Trainer(make(), samples, run, spread)
         resumed = trainer.load()
-        if not resumed:
+        spread.wait()  # until everybody has read it
+        if not resumed and first:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
             trainer.save_start()
-        metrics = Metrics(run.out, trainer.step, run.wandb, config)
+        metrics = Metrics(run.out, trainer.step, run.wandb, config) if first else None
         try:
-            outcome = _loop(trainer, metrics, interrupted, on_progress)
+            outcome = _loop(trainer, metrics, interrupted, on_progress if first else None)
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
             trainer.saves.close()
-    return {"out": str(run.out), "resumed": resumed, **outcome}
+    return {"out": str(run.out), "resumed": resumed, **outcome} if first else {"rank": spread.rank}
 
 
-def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
-    run, job = trainer.run, trainer.job
-    device = torch.device(run.device)
-    objective: Any = job.objective
-    if run.compile:
+class Share(nn.Module):
+    """An objective whose loss is weighted: the part of a batch's loss that a process, or a piece of its batch, has."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, clips: Tensor, drawn: Any, weight: float) -> Tensor:
+        loss, _ = self.objective(clips, drawn)
+        return loss * weight
+
+
+def _shared(trainer: Trainer) -> nn.Module:
+    """The objective of a job as this process computes it: compiled if asked for, and with the others if there are some."""
+    objective: Any = trainer.job.objective
+    if trainer.run.compile:
         torch._dynamo.reset()  # it counts the graphs of earlier runs in this process, and at eight falls back to eager
         objective = torch.compile(objective)
+    share = Share(objective)
+    if trainer.spread.world == 1:
+        return share
+    device = torch.device(trainer.run.device)
+    # Buffers never change. torch calls this by another name from 2.15 on, and warns of the old one.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        share,
+        device_ids=None if device.type == "cpu" else [device],
+        **{name: False},
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,  # a branch may have no clip on some process
+    )
+
+
+def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_progress: Any) -> dict[str, Any]:
+    run, job = trainer.run, trainer.job
+    device = torch.device(run.device)
+    spread = trainer.spread
+    share = _shared(trainer)
     trainer.model.train()
     begin = last_save = last_record = last_told = time.perf_counter()
     waiting = 0.0
@@ -437,6 +504,11 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
     loss = last_loss(run.out)
     first_step = trainer.step
     unreadable = 0  # batches in a row without a readable clip
+    stopped = False
+
+    def write(numbers: dict[str, float]) -> None:
+        if metrics is not None:
+            metrics.write(numbers)
 
     def record() -> None:
         nonlocal images, waiting, last_record, loss
@@ -446,7 +518,7 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         for step in skipped:
             trainer.skip(step)
         numbers = {} if mean is None else {"loss": mean, "gradient_norm": norm}
-        metrics.write(
+        write(
             {
                 "step": trainer.step,
                 "images_seen": trainer.images_seen,
@@ -466,31 +538,44 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
 
     def step_on() -> None:
         """To the end of the run, or of the step in which it is interrupted."""
-        nonlocal waiting, images, last_save, last_record, last_told, unreadable
+        nonlocal waiting, images, last_save, last_record, last_told, unreadable, stopped
         asked = time.perf_counter()
         for batch in trainer.epochs():
             waiting += time.perf_counter() - asked
             trainer.note(batch)
-            unreadable = 0 if batch.clips is not None else unreadable + 1
+            now = time.perf_counter()
+            # What all processes must do at the same steps, though each has a clock, a part of the data and signals of its own.
+            readable, stopping, telling, saving = spread.sum(
+                len(batch.indices),
+                len(interrupted),
+                spread.rank == 0 and now - last_told > RECORD_SECONDS,
+                spread.rank == 0 and now - last_save > 60 * run.save_minutes,
+            )
+            unreadable = 0 if readable else unreadable + 1
             if unreadable and trainer.is_lost():
                 raise ValueError(
                     f"{run.data!r} cannot be read any more, not even what could be read before: has it moved? The last save in "
                     f"{run.out} is kept, and the same command goes on from there once the data is back."
                 )
-            if batch.clips is not None:
+            if readable:
                 trainer.optimizer.zero_grad(set_to_none=True)
                 value = torch.zeros((), device=device)
-                for number, piece in enumerate(batch.pieces(run.accumulate)):
+                pieces = batch.pieces(run.accumulate) or [trainer.stand_in()]
+                for number, piece in enumerate(pieces):
                     clips, drawn = trainer.inputs(piece)
                     drawn = drawn.to(device)
+                    # Gradients of processes are averaged, and those of clips are to be.
+                    weight = spread.world * len(clips) / readable if batch.clips is not None else 0.0
                     with (
                         job.randomness(trainer.named(trainer.step), number),
                         torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
+                        _apart(share, number + 1 < len(pieces)),
                     ):
-                        part, _ = objective(clips.to(device, non_blocking=True), drawn)
-                    part = part * (len(clips) / len(batch.clips))
-                    part.backward()
-                    value += part.detach()
+                        part = share(clips.to(device, non_blocking=True), drawn, weight)
+                        part.backward()
+                    value += part.detach() / spread.world
+                if spread.world > 1:
+                    dist.all_reduce(value)
                 norm = gradient_norm(trainer.model, job.training.grad_clip)
                 health.note(trainer.named_step(batch), value, norm, guard(trainer.optimizer, value, norm))
                 for group in trainer.optimizer.param_groups:
@@ -498,8 +583,8 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
                 trainer.optimizer.step()
                 for average in trainer.averages:
                     average.update_parameters(trainer.model)  # type: ignore[operator]
-                images += len(batch.clips)
-                trainer.images_seen += len(batch.clips)
+                images += readable
+                trainer.images_seen += readable
             trainer.step += 1
             epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
             if rest == 0 and trainer.images_seen and job.evaluates(epoch):
@@ -508,15 +593,18 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
                     last_told = time.perf_counter()
                 begun = time.perf_counter()
                 trainer.saves.wait()  # no process is forked, for the test data, in the middle of a write
-                numbers = trainer.evaluate()
-                metrics.write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
+                if spread.rank == 0:
+                    numbers = trainer.evaluate()
+                    write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
                 last_record += time.perf_counter() - begun  # which is not the training's time
-            now = time.perf_counter()  # an interruption may have come while it was evaluated
             last = trainer.step == trainer.num_steps
-            saving = last or interrupted or now - last_save > 60 * run.save_minutes
-            if len(health) and (saving or now - last_told > RECORD_SECONDS):
+            stopping = stopping or (
+                len(interrupted) if spread.world == 1 else 0
+            )  # one alone need not wait for the next step
+            saving = saving or last or stopping
+            if len(health) and (saving or telling):
                 record()  # before a save, because it goes back if steps were skipped
-                last_told = now
+                last_told = time.perf_counter()
             if unreadable >= 2 * trainer.steps_per_epoch - 1 and trainer.images_seen:  # a whole epoch lies within these
                 raise ValueError(
                     f"A whole epoch of {run.data!r} could not be read, though it could before: has it moved? The last save in "
@@ -528,9 +616,10 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
                         f"None of the {len(trainer.samples)} samples of {run.data!r} can be read; the first problem: "
                         f"{': '.join(next(iter(trainer.problems.items()), ('', 'none')))}."
                     )
-                trainer.save(final=bool(last or interrupted))
+                trainer.save(final=bool(last or stopping))
                 last_save = time.perf_counter()
-            if interrupted:
+            if stopping:
+                stopped = True
                 break
             asked = time.perf_counter()
         trainer.saves.wait()
@@ -542,11 +631,13 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         except NotFinite as why:
             trainer.go_back(str(why))
             trainer.model.train()
-            metrics.go_back(trainer.step)
+            if metrics is not None:
+                metrics.go_back(trainer.step)
             health, images, waiting, last_record = Health(), 0, 0.0, time.perf_counter()
     return {
         "finished": trainer.step == trainer.num_steps,
-        "interrupted": signal.Signals(interrupted[0]).name if interrupted else None,
+        # The signal may have reached another process.
+        "interrupted": signal.Signals(interrupted[0] if interrupted else signal.SIGTERM).name if stopped else None,
         "steps_now": trainer.step - first_step,
         "step": trainer.step,
         "num_steps": trainer.num_steps,
@@ -560,6 +651,11 @@ def _loop(trainer: Trainer, metrics: Metrics, interrupted: list[int], on_progres
         "converted": dict(Counter(trainer.notes.values())),
         **({} if trainer.best is None else {"best": trainer.best}),
     }
+
+
+def _apart(share: nn.Module, apart: bool) -> AbstractContextManager[Any]:
+    """Around a piece whose gradient the other processes need not know yet."""
+    return share.no_sync() if apart and isinstance(share, DistributedDataParallel) else nullcontext()
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:

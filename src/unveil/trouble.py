@@ -87,6 +87,7 @@ class Health:
 def write_bundle(
     out: Path,
     step: Step,
+    rank: int,
     samples: Samples,
     save_model: Callable[[Path], None],
     facts: dict[str, Any],
@@ -94,11 +95,13 @@ def write_bundle(
     """Keep a skipped step: its samples as they were read, and the model, in a folder of its own; of the first few only.
 
     Args:
+        rank: of the process, of which each keeps its part of the batch.
         save_model: writes the weights, which the step left as they were, to a path.
         facts: seed, precision and what else a replay needs.
     """
-    folder = out / BUNDLES / f"step-{step.number:09d}"
-    if not folder.exists() and len(list((out / BUNDLES).glob("step-*"))) >= MAX_BUNDLES:
+    mine = f"-rank-{rank}" if rank else ""
+    folder = out / BUNDLES / f"step-{step.number:09d}{mine}"
+    if not folder.exists() and len(list((out / BUNDLES).glob(f"step-?????????{mine}"))) >= MAX_BUNDLES:
         return
     batch = collate([samples[key] for key in step.keys])
     if batch.clips is None:  # it could be read a second ago

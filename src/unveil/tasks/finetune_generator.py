@@ -87,6 +87,8 @@ def finetune_generator(
         )
     recipe, samples, run = prepare(recipe, source, options, classes, start=str(options.run))
     outcome = train(recipe, samples, run, on_progress, initial)
+    if "rank" in outcome:
+        return outcome
     return {
         **outcome,
         "start": f"{model.recipe.name} {model.recipe.size}",

@@ -1,0 +1,248 @@
+"""Several processes train as one does with the same batch."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from test_train import PHOTO_RECIPES, go, photo_recipe, read_save, write_pictures
+
+from unveil import cli
+from unveil import pretraining_job as job_module
+from unveil.checkpoint import WEIGHTS, load_model
+from unveil.losses import Objective, draw
+from unveil.recipe import Recipe
+from unveil.rundir import METRICS
+from unveil.saves import Saves
+from unveil.trouble import BUNDLES
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", 26, classes=2)
+
+
+def _one(rank: int, world: int, port: int, run: Callable[[int], Any], told: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        told.put((rank, run(rank)))
+    except BaseException as error:
+        told.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        told.close()
+        told.join_thread()
+        os._exit(1)
+
+
+def together(run: Callable[[int], Any], world: int = 2, refuses: bool = False) -> list[Any]:
+    """What a function of the rank returns in each of several processes, as torchrun starts them; or what it raised, as text."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    processes = [context.Process(target=_one, args=(rank, world, port, run, told)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    results = dict(told.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode is not None
+    failures = [text for text in results.values() if isinstance(text, str)]
+    assert not failures or refuses, failures[0]
+    return [results[rank] for rank in range(world)]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / METRICS).read_text().splitlines()]
+
+
+def with_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor without the biases of keys, which softmax does not see: AdamW makes their gradient, which is rounding, large."""
+    if name.endswith("qkv.bias"):
+        return torch.cat([value.chunk(3)[0], value.chunk(3)[2]])
+    return value.chunk(2)[1] if name.endswith("attn.kv.bias") else value
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Two runs that differ by rounding alone: losses, weights, and what they go on from."""
+    torch.testing.assert_close(losses(a), losses(b), rtol=1e-5, atol=1e-6)
+    files = sorted(path.name for path in a.glob("*.safetensors"))
+    assert files == sorted(path.name for path in b.glob("*.safetensors"))
+    for file in files:
+        ours, theirs = (safetensors.torch.load_file(out / file) for out in (a, b))
+        for name, value in ours.items():
+            torch.testing.assert_close(*(with_gradient(name, x) for x in (value, theirs[name])), rtol=1e-3, atol=1e-4)
+    ours, theirs = read_save(a), read_save(b)
+    assert ours["facts"] == theirs["facts"]
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+    """A run of each of PHOTO_RECIPES in one process, which records every step."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("unveil.train.RECORD_SECONDS", -1.0)
+    runs = {}
+    for name, recipe in PHOTO_RECIPES.items():
+        runs[name] = tmp_path_factory.mktemp("runs") / name
+        assert go(runs[name], pictures, recipe)["finished"]
+    patch.undo()
+    return runs
+
+
+@pytest.fixture(autouse=True)
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unveil.train.RECORD_SECONDS", -1.0)
+
+
+@pytest.mark.parametrize("name", PHOTO_RECIPES)
+@pytest.mark.parametrize("run", [{}, {"accumulate": 2}, {"workers": 1}], ids=["plain", "pieces", "worker"])
+def test_two_processes_equal_one(
+    tmp_path: Path, pictures: Path, alone: dict[str, Path], name: str, run: dict[str, int]
+) -> None:
+    """Batches of 4 in two processes of 2 clips each, with two branches, labels and clipped gradients in one of the recipes."""
+    first, second = together(lambda rank: go(tmp_path / "run", pictures, PHOTO_RECIPES[name], **run))
+    assert first["finished"], first
+    assert (first["step"], first["images_seen"]) == (18, 72)
+    assert second == {"rank": 1}
+    assert len(losses(tmp_path / "run")) == 18
+    assert_close(tmp_path / "run", alone[name])
+
+
+def stop_at(step: int, at_rank: int) -> Callable[[int, Path, Path, Recipe], Any]:
+    """A run in which one process alone gets SIGTERM, in the middle of a step."""
+
+    def run(rank: int, out: Path, pictures: Path, recipe: Recipe) -> Any:
+        calls = iter(range(10**6))
+
+        def draw_and_stop(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == step and rank == at_rank:
+                signal.raise_signal(signal.SIGTERM)
+            return draw(*arguments, **named)
+
+        job_module.draw = draw_and_stop  # type: ignore[attr-defined]  # in a process of its own
+        return go(out, pictures, recipe)
+
+    return run
+
+
+@pytest.mark.parametrize("at_rank", [0, 1])
+def test_a_save_of_two_processes_is_taken_up_by_one_and_the_other_way_round(
+    tmp_path: Path, pictures: Path, alone: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_rank: int
+) -> None:
+    """Whichever process the signal reaches, all stop after the same step."""
+    recipe, out = PHOTO_RECIPES["umd_flow"], tmp_path / "run"
+    first, second = together(lambda rank: stop_at(4, at_rank)(rank, out, pictures, recipe))
+    assert (first["interrupted"], second) == ("SIGTERM", {"rank": 1}), (first, second)
+    step = first["step"]
+    assert step in (5, 6)  # the others learn of it when the next step begins
+    monkeypatch.setattr(job_module, "draw", draw)
+    assert stop_at(4, 0)(0, out, pictures, recipe)["step"] == step + 5
+    job_module.draw = draw  # type: ignore[attr-defined]
+    first, second = together(lambda rank: go(out, pictures, recipe))
+    assert first["finished"], first
+    assert first["resumed"]
+    assert_close(out, alone["umd_flow"])
+
+
+def test_a_process_without_a_readable_clip_waits_for_the_others(tmp_path: Path, pictures: Path) -> None:
+    """Batches of two clips in two processes, a third of them unreadable; also the count of what is wrong."""
+    write_pictures(tmp_path / "data", 18)
+    for number in (1, 4, 5, 8, 11, 12):
+        (tmp_path / "data" / f"{number:03}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nonsense" * 40)
+    recipe = photo_recipe(epochs=2, batch_size=2)
+    whole = go(tmp_path / "alone", tmp_path / "data", recipe)
+    first, _ = together(lambda rank: go(tmp_path / "run", tmp_path / "data", recipe))
+    assert first["finished"], first
+    assert first["images_seen"] == whole["images_seen"] == 24
+    assert first["skipped"] == whole["skipped"] == 6
+    problems = [(out / "problems.jsonl").read_text() for out in (tmp_path / "run", tmp_path / "alone")]
+    assert problems[0] == problems[1]
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Objective):
+        calls = 0
+
+        def forward(self, *arguments: Any) -> Any:
+            loss, logs = super().forward(*arguments)
+            Broken.calls += 1
+            broken = os.environ.get("RANK") == "1" and Broken.calls == 5
+            return (loss * float("nan") if broken else loss), logs
+
+    monkeypatch.setattr(job_module, "Objective", Broken)
+    first, second = together(lambda rank: go(tmp_path, pictures))
+    assert first["finished"], first
+    assert first["skipped_steps"] == 1
+    assert second == {"rank": 1}
+    assert {path.name for path in (tmp_path / BUNDLES).iterdir()} == {
+        "step-000000004",
+        "step-000000004-rank-1",
+    }
+    assert all(value.isfinite().all() for value in load_model(tmp_path)[0].state_dict().values())
+
+
+def test_a_run_that_goes_back_does_so_in_all_processes(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Objective):
+        calls = 0
+
+        def forward(self, *arguments: Any) -> Any:
+            loss, logs = super().forward(*arguments)
+            Broken.calls += 1
+            broken = os.environ.get("RANK") == "0" and Broken.calls in (3, 4, 5)
+            return (loss * float("nan") if broken else loss), logs
+
+    monkeypatch.setattr(job_module, "Objective", Broken)
+    first, _ = together(lambda rank: go(tmp_path, pictures, save_minutes=0))
+    assert first["finished"], first
+    assert (first["went_back"], first["skipped_steps"], first["images_seen"]) == (1, 3, 72)
+    assert Saves(tmp_path).names()[-1] == "step-000000018-restart-1"
+
+
+def test_a_batch_that_cannot_be_split_refuses(tmp_path: Path, pictures: Path) -> None:
+    for told in together(lambda rank: go(tmp_path, pictures, photo_recipe(batch_size=1)), refuses=True):
+        assert "ValueError: A batch of 1 cannot be split over 2 processes. Use --batch-size 2 or more." in told
+
+
+def test_other_commands_refuse_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["probe", "--run", str(tmp_path), "--data", "digits:test"])
+    assert caught.value.code == 2
+    assert "torchrun started 2 processes, but only pretrain" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_documented_command_runs(tmp_path: Path) -> None:
+    """torchrun itself, with the command line."""
+    import subprocess
+    import sys
+
+    words = "--standalone --nproc-per-node 2 -m -- unveil.cli pretrain --data digits:test --epochs 1 --json --out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words.split(), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finished"]
+    assert (tmp_path / "run" / WEIGHTS).exists()
