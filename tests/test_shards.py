@@ -23,6 +23,7 @@ from unveil.data import BadPicture, Samples, batches, open_source
 from unveil.decoding import Away
 from unveil.shards import INDEX, Shards
 from unveil.sources import Folder, files_of
+from unveil.tasks.doctor import Doctor, doctor
 from unveil.tasks.prepare import Prepare, prepare
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.segment import Segment, segment
@@ -459,6 +460,15 @@ def test_shards_are_probed_and_embedded(prepared: Path, run: Path, tmp_path: Pat
 def test_shards_are_learned_from(prepared: Path, run: Path, tmp_path: Path) -> None:
     tuned = api.finetune(run=run, data=str(prepared), out=tmp_path / "tuned", epochs=1, batch_size=8)
     assert (tuned["train_samples"], tuned["test_samples"]) == (32, 8)
+
+
+def test_doctor_knows_the_arrays_of_shards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        np.save(tmp_path / "data" / f"{i}.npy", RNG.random((8, 8, 5), dtype=np.float32))
+    prepare(Prepare(data=str(tmp_path / "data"), out=tmp_path / "prepared", workers=1))
+    found = doctor(Doctor(data=str(tmp_path / "prepared"), channels=5))
+    assert (found["problems"], found["formats"]) == ([], {"NPY": 3})
 
 
 def test_segment_refuses_shards(prepared: Path, run: Path, tmp_path: Path) -> None:

@@ -123,13 +123,15 @@ _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 def header_of(stream: BinaryIO, where: str) -> Header:
-    """What a picture file, or a .npy file by its name, says of itself.
+    """What a picture file or a .npy file says of itself.
 
     Raises:
         BadPicture: it says nothing that can be understood.
     """
     try:
-        if where.lower().endswith(".npy"):
+        is_array = stream.read(len(NPY)) == NPY  # not by its name: in a shard it has none
+        stream.seek(0)
+        if is_array:
             readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, kind = readers[np.lib.format.read_magic(stream)](stream)
             channels = shape[2] if len(shape) == 3 else 1
