@@ -125,6 +125,7 @@ def _training(run: Callable[[Any, Callable[[Progress], None]], dict[str, Any]]) 
         def show(progress: Progress) -> None:
             nonlocal bar
             if bar is None:
+                say(f"unveil: {progress.setup}")
                 bar = tqdm(total=progress.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
             bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s", refresh=False)
             bar.update(progress.step - bar.n)

@@ -50,16 +50,21 @@ WINDOW = 65_536  # samples of sharded data that are shuffled together
 class Sample:
     """One clip ready for a batch, or the reason why there is none.
 
-    place: in the epoch's order. clip: (C, T, H, W), float32 in [0, 1]; None if it could not be read.
+    place: in the epoch's order. values: (T, C, H, W), uint8, or float32 in [0, 1]; None if it could not be read.
     label: class number, or -1.
     """
 
     index: int
     place: int
-    clip: Tensor | None
+    values: Tensor | None
     label: int
     problem: Skipped | None = None
     note: str | None = None
+
+    @property
+    def clip(self) -> Tensor | None:
+        """(C, T, H, W), float32 in [0, 1]."""
+        return None if self.values is None else _to_clips(self.values[None])[0]
 
 
 class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
@@ -158,7 +163,7 @@ class Samples(Dataset[Sample]):
             return Sample(index, place, None, label, problem=Skipped(bad.where, bad.reason))
         height, width, training = self.clip.height, self.clip.width, self.training
         if training is None:
-            return Sample(index, place, _to_clip(fit(picture.values, height, width)), label, note=picture.note)
+            return Sample(index, place, fit(picture.values, height, width), label, note=picture.note)
         strong = training if isinstance(training, FineTuning) else None
         values = augment(
             picture.values,
@@ -171,17 +176,24 @@ class Samples(Dataset[Sample]):
             magnitude=strong.randaugment_magnitude if strong else 0,
             fill=self.clip.mean,
         )
-        clip = _to_clip(values)
         if strong and strong.erase:
             mean, std = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in (self.clip.mean, self.clip.std))
-            clip = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase"))
-        return Sample(index, place, clip, label, note=picture.note)
+            clip = _to_clips(values[None])[0]
+            values = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase")).transpose(0, 1)
+        return Sample(index, place, values, label, note=picture.note)
 
 
-def _to_clip(values: Tensor) -> Tensor:
-    """(T, C, H, W) of any range to (C, T, H, W) in [0, 1]."""
-    scaled = values.float().div_(255) if values.dtype == torch.uint8 else values.float()
-    return scaled.transpose(0, 1)
+def _to_clips(values: Tensor) -> Tensor:
+    """(B, T, C, H, W), uint8 or in [0, 1], to (B, C, T, H, W), float32 in [0, 1]."""
+    values = values.transpose(1, 2).contiguous()
+    return values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    """Clips of samples (T, C, H, W) as (B, C, T, H, W): bytes are stacked as bytes, and become numbers once, all together."""
+    if all(each.dtype == torch.uint8 for each in values):
+        return _to_clips(torch.stack(values))
+    return torch.cat([_to_clips(each[None]) for each in values])
 
 
 def decoded_bytes(source: Source, num_tried: int = 16) -> int:
@@ -197,11 +209,11 @@ def decoded_bytes(source: Source, num_tried: int = 16) -> int:
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack the readable samples; the others are listed in `problems`."""
-    good = [sample for sample in samples if sample.clip is not None]
+    good = [sample for sample in samples if sample.values is not None]
     return Batch(
         indices=torch.tensor([sample.index for sample in good], dtype=torch.int64),
         places=torch.tensor([sample.place for sample in good], dtype=torch.int64),
-        clips=torch.stack([sample.clip for sample in good if sample.clip is not None]) if good else None,
+        clips=_stack([sample.values for sample in good if sample.values is not None]) if good else None,
         labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
         problems=[sample.problem for sample in samples if sample.problem is not None],
         notes=[(sample.index, sample.note) for sample in good if sample.note is not None],

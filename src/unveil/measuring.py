@@ -117,7 +117,7 @@ def read_some(samples: Samples, order: Order, seconds: float) -> Reading:
     for key in keys:
         sample = samples[key]
         tried += 1
-        if sample.clip is not None:
+        if sample.values is not None:
             good.append(sample)
         elif sample.problem is not None:
             first_problem = first_problem or f"{sample.problem.where}: {sample.problem.reason}"

@@ -25,6 +25,7 @@ CONFIG, METRICS, SHEET, PROBLEMS = (
     "contact_sheet.png",
     "problems.jsonl",
 )
+OUTCOME = "outcome.json"
 WANDB = "wandb-id.txt"
 
 

@@ -26,7 +26,7 @@ from unveil.optim import adam_state, running_average
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
 from unveil.report import save_png
-from unveil.rundir import CONFIG, PROBLEMS, SHEET, Metrics, Run, check_same_run, interruptible, last_loss, lock
+from unveil.rundir import CONFIG, OUTCOME, PROBLEMS, SHEET, Metrics, Run, check_same_run, interruptible, last_loss, lock
 from unveil.saves import Saves
 from unveil.spread import Spread
 from unveil.training_report import write_training_report
@@ -41,8 +41,12 @@ OTHER_DRAWS = 1_000_000  # what a run that went back adds to its epochs and step
 
 @dataclass
 class Progress:
-    """What is told after each step; `loss` and `images_per_second` are over the steps since the last record."""
+    """What is told after each step; `loss` and `images_per_second` are over the steps since the last record.
 
+    setup: what a step is, in words.
+    """
+
+    setup: str
     step: int
     num_steps: int
     images_seen: int
@@ -454,7 +458,10 @@ def run_job(
             if metrics is not None:
                 metrics.close()
             trainer.saves.close()
-    return {"out": str(run.out), "resumed": resumed, **outcome} if first else {"rank": spread.rank}
+        outcome = {"out": str(run.out), "resumed": resumed, **outcome}
+        if first and outcome["steps_now"]:  # for scripts, which ask whether to start it again
+            write_atomically(run.out / OUTCOME, lambda part: part.write_text(json.dumps(outcome, indent=2) + "\n"))
+    return outcome if first else {"rank": spread.rank}
 
 
 class Share(nn.Module):
@@ -482,10 +489,11 @@ def _shared(trainer: Trainer) -> nn.Module:
     # Buffers never change. torch calls this by another name from 2.15 on, and warns of the old one.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    unsynced: dict[str, Any] = {name: False}
     return DistributedDataParallel(
         share,
         device_ids=None if device.type == "cpu" else [device],
-        **{name: False},
+        **unsynced,
         gradient_as_bucket_view=True,
         find_unused_parameters=True,  # a branch may have no clip on some process
     )
@@ -505,6 +513,12 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
     first_step = trainer.step
     unreadable = 0  # batches in a row without a readable clip
     stopped = False
+    training = job.training
+    over = f" over {spread.world} processes" if spread.world > 1 else ""
+    setup = (
+        f"{training.epochs:,} epochs of {trainer.steps_per_epoch:,} steps; batches of {training.batch_size:,}{over}; "
+        f"learning rate {training.base_lr:g} x {training.batch_size} / 256 = {training.lr:.3g}"
+    )
 
     def write(numbers: dict[str, float]) -> None:
         if metrics is not None:
@@ -531,7 +545,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
         )
         if on_progress is not None:
             speed = images / (now - last_record)
-            on_progress(Progress(trainer.step, trainer.num_steps, trainer.images_seen, loss, speed))
+            on_progress(Progress(setup, trainer.step, trainer.num_steps, trainer.images_seen, loss, speed))
         images, waiting, last_record = 0, 0.0, now
         if health.in_a_row >= PATIENCE:
             raise NotFinite(f"The loss or its gradient was no number in {health.in_a_row} steps in a row")

@@ -303,7 +303,7 @@ def _words(options: Bench) -> list[str]:
     words = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value == field.default:
+        if value == field.default or field.name == "out":  # where a record is written says nothing of it
             continue
         word = "--" + field.name.replace("_", "-")
         values = value if isinstance(value, tuple) else (() if value is True else (value,))

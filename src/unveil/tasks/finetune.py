@@ -261,7 +261,7 @@ def _check_readable(samples: Samples, truth: Truth) -> None:
     for i, label in enumerate(truth.values.tolist()):
         if not read.get(label):
             sample = samples[0, i, i]
-            read[label] = sample.clip is not None
+            read[label] = sample.values is not None
             if sample.problem is not None:
                 first.setdefault(label, f"{sample.problem.where}: {sample.problem.reason}")
     for label, readable in read.items():
@@ -327,7 +327,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     )
     both = decoded_bytes(source) + decoded_bytes(test)
     test_samples = Samples(test, recipe.clip, run.seed, None, cache=samples.cache and both < CACHE_LIMIT)
-    if all(test_samples[0, i, i].clip is None for i in range(min(16, len(test)))):
+    if all(test_samples[0, i, i].values is None for i in range(min(16, len(test)))):
         problem = test_samples[0, 0, 0].problem
         raise ValueError(f"The first samples of the test data cannot be read: {problem}. Are these the right files?")
     _check_readable(samples, truth)
