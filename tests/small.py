@@ -63,6 +63,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mae_umd faithful": ("mae_umd", {"faithful": True}),
     "mae_umd generator": ("mae_umd", {"generator": 1000}),
 }
+# Those with several rows of the decoder for one of the encoder, whose own tests are in tests/test_levers.py.
+LEVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "diffmae four draws": ("diffmae", {"num_draws": 4}),
+    "diffmae joint, two draws": ("diffmae", {"decoder": "joint", "num_draws": 2}),
+    "diffmae cross, half of it": ("diffmae", {"decoder": "cross", "num_draws": 2, "decode_share": 0.5}),
+}
+EVERY = {**VARIANTS, **LEVERS}
 SMALL_CLASSES = 5
 
 
@@ -76,7 +83,7 @@ def make(name: str, arguments: dict[str, Any]) -> Recipe:
 
 def shipped(variant: str) -> Recipe:
     """A variant at its full size."""
-    return make(*VARIANTS[variant])
+    return make(*EVERY[variant])
 
 
 def small(name: str = "diffmae", *, depth: int = 3, decoder_depth: int = 2, **arguments: Any) -> Recipe:
@@ -107,7 +114,7 @@ def small(name: str = "diffmae", *, depth: int = 3, decoder_depth: int = 2, **ar
 
 def small_variant(variant: str) -> Recipe:
     """A variant at test size: what it does is kept, how large it is is not."""
-    name, arguments = VARIANTS[variant]
+    name, arguments = EVERY[variant]
     sizes: dict[str, Any] = {"size": "Nano/4", "height": 16}
     if "frames" in arguments:
         sizes["frames"] = 4

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import VARIANTS, shipped
+from small import EVERY, VARIANTS, shipped
 from timm.models.vision_transformer import VisionTransformer
 
 import unveil
@@ -182,7 +182,7 @@ def sections(value: Any) -> Iterator[Any]:
 
 # Fields that no shipped recipe needs, but weights of others: converting two of them must give two values.
 CARRIED = {(Network, "norm_eps")}
-SHIPPED = [section for variant in VARIANTS for section in sections(shipped(variant))]
+SHIPPED = [section for variant in EVERY for section in sections(shipped(variant))]
 
 
 def converted(tensors: dict[str, torch.Tensor], **said: Any) -> Recipe:
@@ -650,6 +650,9 @@ REFUSALS: list[tuple[Callable[[], object], str]] = [
         for time in ("token", "add")
         for fields in ({"decoder": Decoder(**{**DECODER, "taps": (12,)}), "condition": Condition(time=time)},)
     ],
+    (lambda: recipes.diffmae("Nano/4", num_draws=0), "num_draws=0 and decode_share=1.0; draws are at least 1"),
+    (lambda: recipes.diffmae("Nano/4", num_draws=2, mask_ratio=0.0), "only a decoder of noisy hidden tokens"),
+    (lambda: recipes.diffmae("Nano/4", decode_share=0.5), "whose hidden tokens see each other"),
     (read(lambda v: v.update(brunches=1)), "Unknown field 'brunches' in Recipe. Did you mean 'branches'?"),
     (
         read(lambda v: v["branches"][0].update(mask_ration=0.5)),
@@ -657,7 +660,7 @@ REFUSALS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         read(lambda v: v["branches"][0].update(zzz=0.5)),
-        "Unknown field 'zzz' in Recipe.branches[0]. Choose from mask_ratio, masking,",
+        "Unknown field 'zzz' in Recipe.branches[0]. Choose from decode_share, mask_ratio, masking,",
     ),
     (
         read(lambda v: v["branches"][0]["terms"][0].update(wait=0.5)),

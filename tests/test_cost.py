@@ -4,7 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from small import BRANCH_IDS, BRANCHES, VARIANTS, batch_for, corrupted, only, part_of, predicted, small, small_variant
+from small import (
+    BRANCH_IDS,
+    BRANCHES,
+    EVERY,
+    LEVERS,
+    batch_for,
+    corrupted,
+    only,
+    part_of,
+    predicted,
+    small,
+    small_variant,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +46,9 @@ def counted(recipe: Recipe, number: int = 0) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("variant, number", BRANCHES, ids=BRANCH_IDS)
+@pytest.mark.parametrize(
+    "variant, number", [*BRANCHES, *((variant, 0) for variant in LEVERS)], ids=[*BRANCH_IDS, *LEVERS]
+)
 def test_multiply_adds_equal_pytorchs_count(variant: str, number: int) -> None:
     recipe = small_variant(variant)
     cost, expected = branch_cost(recipe, recipe.branches[number]), counted(recipe, number)
@@ -43,7 +57,7 @@ def test_multiply_adds_equal_pytorchs_count(variant: str, number: int) -> None:
     assert cost.train_flops == 6 * expected["forward"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_a_step_is_the_mean_of_its_branches(variant: str) -> None:
     """By the shares of the clips; and the whole training step of a batch runs what its clips' branches cost."""
     recipe = small_variant(variant)
@@ -59,7 +73,9 @@ def test_a_step_is_the_mean_of_its_branches(variant: str) -> None:
     assert counter.get_total_flops() // 2 == expected
 
 
-@pytest.mark.parametrize("variant, number", BRANCHES, ids=BRANCH_IDS)
+@pytest.mark.parametrize(
+    "variant, number", [*BRANCHES, *((variant, 0) for variant in LEVERS)], ids=[*BRANCH_IDS, *LEVERS]
+)
 def test_the_encoder_computes_on_visible_tokens_only(variant: str, number: int) -> None:
     """What the counts above rest on: how many tokens enter the blocks."""
     recipe = small_variant(variant)

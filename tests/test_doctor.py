@@ -235,7 +235,10 @@ def bright(values: np.ndarray) -> np.ndarray:
 
 
 ADVICE = [
-    (lambda folder: photos(folder, 3, height=600, width=500), "2.2 times as large as 224 pixels .*--image-size 224"),
+    (
+        lambda folder: photos(folder, 3, height=600, width=500),
+        "2.2 times as large as 224 pixels .*--image-size 256",
+    ),
     (lambda folder: photos(folder, 3, height=40, width=40), "100% .* smaller than 224 pixels.*--image-size 40, and a"),
     (lambda folder: photos(folder, 3), "3 is few to learn from.*--init"),
     (lambda folder: damaged(folder), "Files that cannot be used: 8"),

@@ -273,6 +273,24 @@ def test_a_prepared_folder_that_is_not_whole_refuses(
         open_source(str(prepared), 3)
 
 
+def test_a_shard_in_the_place_of_another_refuses(prepared: Path) -> None:
+    """As after a careless copy: pictures of one under the labels of the other."""
+    first, second = (prepared / f"shard-00000{number}.tar" for number in range(2))
+    second.write_bytes(first.read_bytes() + first.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"shard-000001\.tar is longer than manifest\.json says, so it is another file"
+    ):
+        open_source(str(prepared), 3)
+
+
+def test_a_class_without_a_name_refuses(prepared: Path) -> None:
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "classes": manifest["classes"][:1]}))
+    with pytest.raises(ValueError, match=r"has a class 1, and manifest\.json names 1"):
+        open_source(str(prepared), 3)
+
+
 def test_a_manifest_of_another_program_is_none(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", 2)
     for text in ('{"name": "an extension"}', "{", "[1]"):

@@ -57,6 +57,8 @@ OVERFIT: dict[str, tuple[str, dict[str, Any], float]] = {
     "diffmae": ("diffmae", DIGITS, 0.04),
     "diffmae cross": ("diffmae", {**DIGITS, "decoder": "cross"}, 0.09),
     "diffmae joint": ("diffmae", {**DIGITS, "decoder": "joint"}, 0.025),
+    "diffmae four draws": ("diffmae", {**DIGITS, "num_draws": 4}, 0.2),
+    "diffmae cross, half of it": ("diffmae", {**DIGITS, "decoder": "cross", "num_draws": 2, "decode_share": 0.5}, 0.09),
     "diffmae eps": ("diffmae", {**DIGITS, "target": "eps"}, 0.08),
     "diffmae cosine": ("diffmae", {**DIGITS, "schedule": "cosine"}, 0.05),
     "diffmae nothing hidden": ("diffmae", {**DIGITS, "mask_ratio": 0.0}, 0.003),
@@ -127,11 +129,9 @@ def weighted(recipe: Recipe, drawn: Draws, per_token: dict[str, Tensor]) -> Tens
         num_clips += len(part.rows)
         for term in branch.terms:
             value = left.pop(f"{branch.noise_on}/{term.predict}/{term.on}")
-            assert value.shape == (
-                len(part.rows),
-                (part.mask.hidden if term.on == "hidden" else part.mask.visible).shape[1],
-            )
-            total = total + term.weight * value.mean(1).sum()
+            assert value.shape == (part.mask.hidden if term.on == "hidden" else part.mask.visible).shape
+            assert len(value) == len(part.rows) * branch.num_draws
+            total = total + term.weight * value.mean(1).sum() / branch.num_draws
     assert not left
     return total / num_clips
 

@@ -495,7 +495,7 @@ def _tell_plan(result: dict[str, Any]) -> Iterator[str]:
     )
     if memory["pictures"]:
         lines["memory"] += f"; and pictures {_size_of(memory['pictures'])}"
-    lines["memory"] += ". Python and PyTorch come on top"
+    lines["memory"] += ". Python and PyTorch come on top, about 0.7 GB"
     disk = result["disk"]
     lines["disk"] = f"{_size_of(sum(files.values()) + disk['best'] + disk['keep'] * disk['save'])}: " + ", ".join(
         f"{name} {_size_of(size)}" for name, size in files.items()
@@ -591,15 +591,19 @@ def _tell_bench(result: dict[str, Any]) -> Iterator[str]:
             if "speed_over_hugging_face" in row
             else ""
         )
-        stages = ", ".join(f"{name} {seconds:.2g}" for name, seconds in row["stages"].items())
+        stages = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row["stages"].items())
         yield f"{row['name']}: {row['images_per_second']:.4g} images/s{beside}, {share}, {row['memory_bytes'] / 2**30:.1f} GiB."
-        yield f"    seconds: {stages}"
+        low, high = (result["batch_size"] / row["seconds"][end] for end in ("highest", "lowest"))
+        yield f"    {low:.4g} to {high:.4g} images/s; ms a step: {stages}"
     if "data" in result:
         data = result["data"]
-        yield (
-            f"{data['name']}: read at {data['read_per_second']:.4g} images/s by {data['workers']} workers; {data['contender']} "
-            f"waits {data['data_wait']:.1%} of its time for it."
-        )
+        told = f"{data['name']} is too little data to time: it has fewer than two batches."
+        if data["images_per_second"] is not None:
+            told = (
+                f"{data['name']}: read at {data['read_per_second']:.4g} images/s by {data['workers']} workers; "
+                f"{data['contender']} waits {data['data_wait']:.1%} of its time for it."
+            )
+        yield told
     yield f"Record: {result['file']}."
 
 

@@ -286,12 +286,17 @@ class Branch:
     mask_ratio: share of the tokens that is hidden, in [0, 1].
     noise_on: "none", the hidden tokens become mask tokens (MAE); "hidden", the decoder is handed the noisy hidden
         tokens (DiffMAE); "visible", the encoder sees noisy tokens, and the hidden ones become mask tokens (DiT, UMD).
+    num_draws: with noise on hidden tokens, how many times and noises each encoded clip is decoded for.
+    decode_share: of the hidden tokens, how many are decoded, others in each draw; by a `cross` decoder, whose tokens do not see
+        each other.
     """
 
     share: float = 1.0
     mask_ratio: float
     masking: Masking = "random"
     noise_on: NoiseOn
+    num_draws: int = 1
+    decode_share: float = 1.0
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -301,6 +306,16 @@ class Branch:
             raise ValueError(f"Branch has share={self.share}; it is a share of the clips, above 0 and at most 1.")
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"Branch has mask_ratio={self.mask_ratio}; it is a share, between 0 and 1.")
+        if self.num_draws < 1 or not 0 < self.decode_share <= 1:
+            raise ValueError(
+                f"Branch has num_draws={self.num_draws} and decode_share={self.decode_share}; draws are at least 1, and the "
+                "share is above 0 and at most 1."
+            )
+        if (self.num_draws > 1 or self.decode_share < 1) and self.noise_on != "hidden":
+            raise ValueError(
+                f"Branch has num_draws={self.num_draws} and decode_share={self.decode_share} with noise_on={self.noise_on!r}: "
+                "only a decoder of noisy hidden tokens has several noises of one clip to decode. Use 1 and 1."
+            )
         keys = [(term.predict, term.on) for term in self.terms]
         if not keys or len(set(keys)) < len(keys):
             raise ValueError(f"Branch has the terms {keys}; give at least one, and none twice.")

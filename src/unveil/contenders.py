@@ -51,7 +51,7 @@ def _autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
 
 
 class Ours:
-    """A recipe's step, as `unveil.train` makes it, without running averages."""
+    """A recipe's step, as `unveil.train` makes it, but for running averages and the norm of the gradient, which neither has."""
 
     def __init__(self, recipe: Recipe, device: str, precision: Precision, compile: bool) -> None:
         self.name = recipe.name + (", compiled" if compile else "")

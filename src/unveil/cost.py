@@ -6,7 +6,7 @@ import torch
 
 from unveil.config import Branch, Condition, Network
 from unveil.layers import FREQUENCY_DIM, swiglu_dim
-from unveil.masking import draw_mask
+from unveil.masking import draw_mask, num_decoded
 from unveil.recipe import Recipe
 
 
@@ -77,7 +77,7 @@ def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     cond_dim = e.embed_dim if recipe.time_in_encoder or d is None else d.embed_dim
     adaln = told.time == "adaln"
     labelled = told.num_classes > 0
-    embed = V * P * e.embed_dim + _condition(told, cond_dim, labelled)
+    embed = V * P * e.embed_dim + branch.num_draws * _condition(told, cond_dim, labelled)
     encoder = _encoder(recipe, V)
     scored = sum({"visible": V, "hidden": M}[where] for where in {term.on for term in branch.terms})
     D = d.embed_dim if d else e.embed_dim
@@ -87,17 +87,22 @@ def branch_cost(recipe: Recipe, branch: Branch) -> Cost:
     if d is None:
         return Cost(embed, encoder, head)
     decoder = head
+    draws = branch.num_draws
+    if branch.decode_share < 1:
+        decoder, M = decoder * num_decoded(M, branch.decode_share) // M, num_decoded(M, branch.decode_share)
+    decoder *= draws
     if branch.noise_on == "hidden":
-        embed += M * P * D
+        embed += draws * M * P * D
     if d.kind == "joint":
         if e.embed_dim != D:
             decoder += (R + V) * e.embed_dim * D + (2 * cond_dim * e.embed_dim if adaln else 0)
         summary = R if d.summary == "tokens" else 1
-        decoder += _blocks(d.depth, summary + V + M, D, network, told, cond_dim)
+        decoder += draws * _blocks(d.depth, summary + V + M, D, network, told, cond_dim)
     else:
-        cross = 2 * M * D**2 + 2 * (R + V) * e.embed_dim * D + 2 * M * (R + V) * D
+        cross = 2 * M * D**2 + 2 * M * (R + V) * D
         inner = _self_attention(M, D) if d.kind == "cross_self" else 0
-        decoder += d.depth * (cross + inner + 8 * M * D**2)
+        keys_values = 2 * (R + V) * e.embed_dim * D  # once for all draws
+        decoder += d.depth * (keys_values + draws * (cross + inner + 8 * M * D**2))
     return Cost(embed, encoder, decoder)
 
 

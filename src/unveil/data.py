@@ -285,9 +285,9 @@ class Order(Sampler[list[Key]]):
         # Windows of about equal size: the last shards would otherwise be left to a small one.
         ends = sizes[shards].cumsum(0)
         windows = max(1, self.num_samples // WINDOW)
-        window = ((ends - 1) * windows // self.num_samples).tolist()
-        for number in sorted(set(window)):
-            chosen = shards[[i for i, its in enumerate(window) if its == number]]
+        window = (ends - 1) * windows // self.num_samples  # of each shard in the drawn order; it never falls
+        names, lengths = window.unique_consecutive(return_counts=True)
+        for number, chosen in zip(names.tolist(), shards.split(lengths.tolist()), strict=True):
 
             def numbers(chosen: Tensor = chosen, number: int = number) -> Tensor:
                 assert self.starts is not None

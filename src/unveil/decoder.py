@@ -128,7 +128,8 @@ class Decoder(nn.Module):
 
         Args:
             context: what `prepare` returned.
-            hidden: where the hidden tokens stand, (B, M); M may be 0 in a joint decoder.
+            hidden: where the hidden tokens stand, (B, M); M may be 0 in a joint decoder. With K draws of noise for each clip
+                of the context it, x_t and cond have B * K rows.
             x_t: their noisy values, (B, M, P), or None for mask tokens.
             cond: time and class, (B, cond_dim).
 
@@ -149,10 +150,13 @@ class Decoder(nn.Module):
             for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
                 x = block(x, keys_values)
             return None, x
-        num_visible = context.visible.shape[1]
-        num_known = context.known.shape[1]
-        rotation = self.positions.rotation(torch.cat([context.visible, hidden], dim=1), num_known - num_visible)
-        x = torch.cat([context.known, x], dim=1)
+        draws = len(x) // len(context.known)
+        visible, known = context.visible, context.known
+        if draws > 1:
+            visible, known = visible.repeat_interleave(draws, dim=0), known.repeat_interleave(draws, dim=0)
+        num_visible, num_known = visible.shape[1], known.shape[1]
+        rotation = self.positions.rotation(torch.cat([visible, hidden], dim=1), num_known - num_visible)
+        x = torch.cat([known, x], dim=1)
         for block in self.blocks:
             x = run_block(block, x, cond, self.time == "token", rotation)
         return x[:, num_known - num_visible : num_known], x[:, num_known:]

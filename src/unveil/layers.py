@@ -116,10 +116,10 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        B, M, D = x.shape
-        q = self.q(x).reshape(B, M, self.num_heads, -1).transpose(1, 2)
-        x = attend(q, *keys_values)
-        return self.proj(x.transpose(1, 2).reshape(B, M, D))
+        """x (B, M, D), or (B * K, M, D) with K rows for each of the memory's: they ask together, so nothing is repeated."""
+        B = len(keys_values[0])
+        q = self.q(x).reshape(B, -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)
+        return self.proj(attend(q, *keys_values).transpose(1, 2).reshape(x.shape))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

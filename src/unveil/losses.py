@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unveil import draws
 from unveil.config import Branch, Term
 from unveil.corruption import Corrupted, Part, corrupt
-from unveil.masking import Mask, draw_mask
+from unveil.masking import Mask, draw_mask, num_decoded
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
 from unveil.schedule import DiscreteSchedule, Schedule
@@ -22,7 +22,8 @@ class BranchDraws:
     """Everything random for the clips of one branch.
 
     rows: which clips of the batch, (b,). t: (b,), noise: as `corrupt` wants it, labels: (b,) with "no class" where a label
-    is unknown or dropped; None where the branch has no such thing.
+    is unknown or dropped; None where the branch has no such thing. With K draws of noise for a clip, t, noise, labels and
+    mask.hidden have b * K rows, K in a row for each clip, and mask.hidden only the tokens that are decoded.
     """
 
     rows: Tensor
@@ -58,21 +59,35 @@ def _draw_branch(
     if branch.noise_on == "none":
         return BranchDraws(at, mask, None, None, None)  # a clean clip is never labelled
     assert schedule is not None
+    K = branch.num_draws
+    if branch.decode_share < 1:
+        mask = Mask(mask.visible, _some(mask.hidden, K, branch.decode_share, seed, epoch, indices))
+    elif K > 1:
+        mask = Mask(mask.visible, mask.hidden.repeat_interleave(K, dim=0))
     carriers = (mask.hidden if branch.noise_on == "hidden" else mask.visible).shape[1]
     if any(term.predict == "noisy" for term in branch.terms):
         carriers = clip.num_tokens
-    t = torch.cat([schedule.sample_t(1, draws.generator(seed, epoch, i, "t")) for i in indices])
-    noise = torch.empty(len(indices), carriers, clip.token_dim)
-    for row, i in zip(noise, indices, strict=True):
+    t = torch.cat([schedule.sample_t(K, draws.generator(seed, epoch, i, "t")) for i in indices])
+    noise = torch.empty(len(indices) * K, carriers, clip.token_dim)
+    for row, i in zip(noise.unflatten(0, (-1, K)), indices, strict=True):
         torch.randn(row.shape, generator=draws.generator(seed, epoch, i, "noise"), out=row)
     num_classes = recipe.condition.num_classes
     if not num_classes:
         return BranchDraws(at, mask, t, noise, None)
+    assert K == 1  # classes are told to encoders that see noise alone
     if labels is None:
         return BranchDraws(at, mask, t, noise, torch.full((len(at),), num_classes))
     dropped = torch.cat([torch.rand(1, generator=draws.generator(seed, epoch, i, "label")) for i in indices])
     kept = (labels[at] >= 0) & (dropped >= recipe.training.label_dropout)
     return BranchDraws(at, mask, t, noise, torch.where(kept, labels[at], num_classes))
+
+
+def _some(hidden: Tensor, num_draws: int, share: float, seed: int, epoch: int, indices: Sequence[int]) -> Tensor:
+    """A share of each clip's hidden tokens (b, M), drawn anew for each draw: (b * num_draws, m)."""
+    M = hidden.shape[1]
+    drawn = (torch.rand(num_draws, M, generator=draws.generator(seed, epoch, i, "decode")) for i in indices)
+    chosen = torch.cat([scores.argsort(dim=1) for scores in drawn])[:, : num_decoded(M, share)]
+    return hidden.repeat_interleave(num_draws, dim=0).gather(1, chosen)
 
 
 def draw(

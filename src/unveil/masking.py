@@ -27,8 +27,10 @@ class Mask:
 
 
 def gather(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Pick tokens by index: (B, N, P) and (B, M) to (B, M, P)."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+    """Pick tokens by index: (B, N, P) and (B, M) to (B, M, P); of (B * K, M), K rows for each of the tokens'."""
+    B, _, P = tokens.shape
+    rows = indices.reshape(B, -1, 1).expand(-1, -1, P)
+    return tokens.gather(1, rows).reshape(*indices.shape, P)
 
 
 def scatter(tokens: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -95,6 +97,11 @@ def draw_mask(masking: str, generators: Sequence[torch.Generator], grid: Grid, m
     hidden = center_tokens(grid, mask_ratio).expand(len(generators), -1)
     ((_, mask),) = group_rows(hidden)
     return mask
+
+
+def num_decoded(num_hidden: int, share: float) -> int:
+    """How many of a clip's hidden tokens are decoded, if only a share of them is."""
+    return max(1, round(num_hidden * share))
 
 
 def tokens_touched(pixels: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:

@@ -104,7 +104,6 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
     def update(averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
         n = float(num_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, current in zip(averages, currents, strict=True):
-            average.lerp_(current, weight)
+        torch._foreach_lerp_(list(averages), list(currents), weight)  # type: ignore[attr-defined]
 
     return AveragedModel(model, multi_avg_fn=update)

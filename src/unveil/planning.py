@@ -70,6 +70,12 @@ class TrainingOptions:
     metrics.jsonl and tensorboard/ of the run."""
 
 
+def command_line() -> str:
+    """The command as it was typed; started as a module, its file's name stands for `unveil`."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["unveil" if name == "cli.py" else name, *sys.argv[1:]])
+
+
 def parse_image_size(text: str) -> tuple[int, int]:
     """'224' or '64x48' (height x width) as two numbers."""
     parts = text.lower().split("x")
@@ -135,7 +141,7 @@ def prepare(
         precision=options.precision or ("bf16" if device.startswith("cuda") else "fp32"),
         compile=options.compile,
         save_minutes=options.save_minutes,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
         classes=classes,
         start=start,
         accumulate=options.accumulate,

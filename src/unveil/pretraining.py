@@ -55,6 +55,10 @@ class PretrainingOptions(TrainingOptions):
     """Exponent on the schedule's betas; below 1 is noisier. Default 0.8."""
     target: Literal["x0", "eps"] | None = None
     """What diffmae predicts: x0, clean values (default), or eps, the noise."""
+    num_draws: int | None = None
+    """Noises and times that each encoded picture of diffmae is decoded for; the encoder works once. Default 1."""
+    decode_share: float | None = None
+    """Share of the hidden tokens that diffmae decodes, others in each draw; needs --decoder cross. Default 1."""
     faithful: bool = False
     """umd, mae_umd: as the authors' code does it, with what docs/umd.md names as its flaws."""
     labels: bool = False
@@ -81,7 +85,7 @@ def recipe_of(options: PretrainingOptions) -> Recipe:
         shape[name] = built_in.get(name) if value is None else value
     ratio = {"mask_ratio": options.mask_ratio}
     masks = {name: getattr(options, name) for name in ("masking", "decoder")}
-    diffusion = {name: getattr(options, name) for name in ("schedule", "rho", "target")}
+    diffusion = {name: getattr(options, name) for name in ("schedule", "rho", "target", "num_draws", "decode_share")}
     fidelity = {"faithful": options.faithful or None}
     for belongs_to, given in (
         (("diffmae", "mae", "mae_raw", "mae_video"), ratio),

@@ -60,6 +60,12 @@ class PretrainingJob:
                     f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
                 )
 
+    @property
+    def uses_all(self) -> bool:
+        decoder = self.model.decoder
+        masks_some = any(branch.mask_ratio and branch.noise_on != "hidden" for branch in self.recipe.branches)
+        return len(self.recipe.branches) == 1 and (decoder is None or decoder.mask_token is None or masks_some)
+
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Draws]:
         assert batch.clips is not None
         drawn = draw(

@@ -61,6 +61,12 @@ class Recipe:
                 f"Recipe {self.name!r} has noise_on={[b.noise_on for b in self.branches]}: two branches with the same noise "
                 "could not be told apart. Give them as one."
             )
+        some = [branch.decode_share for branch in self.branches if branch.decode_share < 1]
+        if some and (self.decoder is None or self.decoder.kind != "cross"):
+            raise ValueError(
+                f"Recipe {self.name!r} has decode_share={some[0]:g} with a decoder whose hidden tokens see each other, so that "
+                "none can be left out. Use decoder='cross', or decode_share=1."
+            )
         if noisy and self.condition.time == "none":
             raise ValueError(f"Recipe {self.name!r} has noise but time='none'. Use time='add', 'token' or 'adaln'.")
         if not noisy and self.condition.time == "add":

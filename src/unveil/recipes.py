@@ -96,6 +96,8 @@ def diffmae(
     target: Predict = "x0",
     schedule: ScheduleKind = "linear",
     rho: float = 0.8,
+    num_draws: int = 1,
+    decode_share: float = 1.0,
     **shape: Unpack[Shape],
 ) -> Recipe:
     """A diffusion masked auto-encoder: 75 % hidden, noise on the hidden tokens, x0 in raw pixels.
@@ -105,6 +107,9 @@ def diffmae(
     linear betas with rho = 0.8: two independent implementations. 1,600 epochs: what reviewers of another paper say of
     DiffMAE. Our choice, as no source confirms them: pixels in [-1, 1], time uniform on 1 to 1000 and added once at the
     decoder's input, a LayerNorm for each tap, which blocks are tapped, the decoder's size, and the optimiser.
+
+    num_draws and decode_share are ours: the encoder does not see the noise, so one pass of it serves several, and tokens of a
+    `cross` decoder do not see each other, so some of them can be left out; see `Branch`.
 
     At mask_ratio=1 the model is unconditional. At mask_ratio=0 there is nothing to hand a decoder: the encoder itself
     sees every token with noise and predicts x0, the ablation's plain denoiser.
@@ -119,7 +124,16 @@ def diffmae(
         encoder=ENCODERS[name],
         decoder=None if noisy_encoder else decoder_of(name, decoder),
         condition=Condition(time="add"),
-        branches=(Branch(mask_ratio=mask_ratio, masking=masking, noise_on=on, terms=(Term(predict=target, on=on),)),),
+        branches=(
+            Branch(
+                mask_ratio=mask_ratio,
+                masking=masking,
+                noise_on=on,
+                num_draws=num_draws,
+                decode_share=decode_share,
+                terms=(Term(predict=target, on=on),),
+            ),
+        ),
         schedule=Schedule(kind=schedule, rho=rho),
         training=_training(name, epochs=1600),
     )

@@ -48,6 +48,10 @@ class RecognitionJob:
         self.optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
         self.train_truth, self.test, self.truth, self.eval_epochs = train_truth, test, truth, eval_epochs
 
+    @property
+    def uses_all(self) -> bool:
+        return True
+
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Targets]:
         assert batch.clips is not None
         targets = to_targets(self.recognition, self.train_truth[batch.indices])

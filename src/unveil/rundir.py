@@ -175,14 +175,23 @@ def lock(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them, so that the step can end and be saved."""
+def interruptible(tell: bool = True) -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them, so that the step can end and be saved.
+
+    Args:
+        tell: whether to say so at once, since the save takes a while.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:  # the second time is meant
-            raise KeyboardInterrupt
+        if received:
+            # The second Ctrl-C is meant. Launchers send every signal twice: to the group, and by themselves.
+            if number == signal.SIGINT and os.environ.get("WORLD_SIZE", "1") == "1":
+                raise KeyboardInterrupt
+            return
         received.append(number)
+        if tell:  # by the system, as Python's own stream may be in the middle of a line
+            os.write(2, b"\nunveil: stopping after this step, and saving; Ctrl-C again ends it without a save\n")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -4,9 +4,11 @@ A save is written beside the others under a hidden name, in the background, and 
 disk. So whatever happens while it is written, the one before it is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,7 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 SAVES = "checkpoints"
-FACTS, SEAL = "run.json", "files.json"
+NAME = re.compile(r"step-(\d{9,})(?:-restart-(\d+))?")
+FACTS, SEAL, METADATA = "run.json", "files.json", ".metadata"  # the last is DCP's
 
 
 class Saves:
@@ -34,7 +37,8 @@ class Saves:
 
     def __init__(self, out: Path, keep: int = 2) -> None:
         self.folder, self.keep = out / SAVES, keep
-        self.damaged: list[str] = []
+        self.damaged: list[str] = []  # what `newest` passed over, and why
+        self._aside: list[str] = []
         self._finisher = ThreadPoolExecutor(1, "save")
         self._pending: Future[None] | None = None
 
@@ -42,7 +46,9 @@ class Saves:
         """Of those that are whole as far as their names tell, the oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted((path.name for path in self.folder.iterdir() if path.name.startswith("step-")), key=_order)
+        return sorted(
+            (path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=_order
+        )
 
     def clear(self) -> None:
         """Remove what a killed process left half written."""
@@ -84,7 +90,7 @@ class Saves:
                 path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())
             }
             (part / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
-            for path in part.iterdir():
+            for path in (*part.iterdir(), part):
                 _to_disk(path)
             os.rename(part, self.folder / name)
             _to_disk(self.folder)
@@ -120,18 +126,26 @@ class Saves:
         Raises:
             ValueError: there are saves, and none is whole.
         """
-        self.damaged = []
+        self._aside = []
         for name in reversed(self.names()):
             problem = check(self.folder / name)
             if problem is None:
                 return self.folder / name, json.loads((self.folder / name / FACTS).read_text(encoding="utf-8"))
+            self._aside.append(name)
             self.damaged.append(f"{name}: {problem}")
-        if self.damaged:
+        if self._aside:
             raise ValueError(
                 f"{self.folder} holds no save that is whole ({'; '.join(self.damaged)}). Restore it from a copy, or remove the "
                 "run's directory to start over."
             )
         return None
+
+    def put_aside(self) -> None:
+        """Give what `newest` passed over another name, so that it stands in nobody's way and is not counted among the last."""
+        for name in self._aside:
+            with contextlib.suppress(OSError):
+                os.rename(self.folder / name, self.folder / f"damaged-{name}")
+        self._aside = []
 
     def read(self, path: Path, state: dict[str, Any]) -> None:
         """Fill the tensors of `state`, in place, from a save that `newest` found.
@@ -151,6 +165,9 @@ def check(save: Path) -> str | None:
     """What is wrong with a save's files; None if they are as they were written."""
     try:
         seal = json.loads((save / SEAL).read_text(encoding="utf-8"))
+        missing = [name for name in (FACTS, METADATA) if name not in seal]
+        if missing:
+            return f"{SEAL} does not list {missing[0]}"
         for name, wanted in seal.items():
             size = (save / name).stat().st_size
             if size != wanted["bytes"]:
@@ -163,8 +180,9 @@ def check(save: Path) -> str | None:
 
 
 def _order(name: str) -> tuple[int, int]:
-    _, step, *restart = name.split("-")
-    return int(restart[1]) if restart else 0, int(step)
+    found = NAME.fullmatch(name)
+    assert found is not None
+    return int(found[2] or 0), int(found[1])
 
 
 def _sha256(path: Path) -> str:

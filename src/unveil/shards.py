@@ -171,6 +171,7 @@ def open_prepared(
     try:
         names = [str(shard["name"]) for shard in manifest["shards"]]
         counts = [int(shard["samples"]) for shard in manifest["shards"]]
+        lengths = [int(shard["bytes"]) for shard in manifest["shards"]]
         classes = manifest["classes"] and tuple(str(label) for label in manifest["classes"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{root / MANIFEST} is damaged ({error!r}). Prepare the pictures again.") from None
@@ -179,6 +180,11 @@ def open_prepared(
         raise ValueError(
             f"{name!r} lacks {len(missing)} of its {len(names)} shards, the first is {missing[0] if missing else ''!r}. "
             "Copy it again, or prepare the pictures again."
+        )
+    longer = [s for s, length in zip(names, lengths, strict=True) if (root / s).stat().st_size > length]
+    if longer:  # a shorter one is cut, and what is left of it can be read
+        raise ValueError(
+            f"{root / longer[0]} is longer than {MANIFEST} says, so it is another file. Copy {name!r} again."
         )
     parts = []
     for shard, count in zip(names, counts, strict=True):
@@ -189,6 +195,10 @@ def open_prepared(
             raise ValueError(f"{path} cannot be read ({error}). Copy {name!r} again.") from None
         if part.dtype != INDEX or part.shape != (count,):
             raise ValueError(f"{path} is no index of the {count} samples of its shard. Copy {name!r} again.")
+        if classes and count and int(part["label"].max()) >= len(classes):
+            raise ValueError(
+                f"{path} has a class {int(part['label'].max())}, and {MANIFEST} names {len(classes)}. Copy it again."
+            )
         parts.append(part)
     return Shards(name, root, names, parts, None, classes or None, [], channels, height, width)
 

@@ -5,6 +5,7 @@ Tensors here are (T, C, H, W): frames first, as pictures are decoded. `unveil.da
 
 import difflib
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -242,6 +243,26 @@ def files_of(source: Source) -> list[str]:
         path = os.path.join(real[folder], name)
         names.append(os.path.realpath(path) if os.path.islink(path) else path)
     return names
+
+
+def digest_of(source: Source) -> str:
+    """What tells these samples from others: names, labels, and how long the files are; of shards, of these alone."""
+    digest = hashlib.sha256()
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except OSError:
+            return -1
+
+    if isinstance(source, Shards):
+        for path in source.paths:
+            digest.update(repr((path, size(source.root / path))).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+    for i in range(len(source)):
+        length = size(source.root / source.where(i)) if isinstance(source, Folder) else 0
+        digest.update(repr((source.where(i), source.label(i), length)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def trained_on_too(source: Source, test: Source) -> int:

@@ -1,6 +1,7 @@
 """The training loop: one optimiser, running averages, saves to resume from."""
 
 import dataclasses
+import datetime
 import inspect
 import json
 import signal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unveil import __version__
-from unveil.checkpoint import BEST, LAST, WEIGHTS, About, write_atomically
+from unveil.checkpoint import BEST, LAST, WEIGHTS, About, read_header, write_atomically
 from unveil.config import Training
 from unveil.data import BadPicture, Batch, Order, Samples, batches
 from unveil.optim import adam_state, running_average
@@ -27,7 +28,8 @@ from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
 from unveil.report import save_png
 from unveil.rundir import CONFIG, OUTCOME, PROBLEMS, SHEET, Metrics, Run, check_same_run, interruptible, last_loss, lock
-from unveil.saves import Saves
+from unveil.saves import SAVES, Saves
+from unveil.sources import digest_of
 from unveil.spread import Spread
 from unveil.training_report import write_training_report
 from unveil.trouble import BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step, gradient_norm, guard, write_bundle
@@ -74,6 +76,11 @@ class Job(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def uses_all(self) -> bool:
+        """Whether every parameter has a gradient in every step, whatever the clips."""
+        ...
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Any]:
         """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order."""
@@ -262,7 +269,7 @@ class Trainer:
             kept = _kept(average.module)  # type: ignore[arg-type]
             files.append((out / name, kept, dataclasses.replace(about, ema_decay=decay)))
 
-        shown = self.facts() if final or time.perf_counter() - self.last_report > REPORT_SECONDS else None
+        shown = self.facts(final) if final or time.perf_counter() - self.last_report > REPORT_SECONDS else None
         self.last_report = time.perf_counter() if shown else self.last_report
 
         def then() -> None:
@@ -286,10 +293,15 @@ class Trainer:
         self.saves.write(0, 0, self.state(), {**facts, "problems": {}, "notes": {}}, lambda: None)
         self.saves.wait()
 
-    def facts(self) -> dict[str, Any]:
-        """What the run's page says first."""
+    def facts(self, final: bool) -> dict[str, Any]:
+        """What the run's page says first; final: whether the run ends or is interrupted here."""
+        state = "finished" if self.step == self.num_steps else "interrupted" if final else "training"
+        epoch = min(self.step // self.steps_per_epoch + 1, self.job.training.epochs)
         return {
-            "step": f"{self.step:,} of {self.num_steps:,}",
+            "state": state,
+            "this page was made": datetime.datetime.now().isoformat(" ", "seconds"),
+            "step": f"{self.step:,} of {self.num_steps:,}, in epoch {epoch:,} of {self.job.training.epochs:,}",
+            "batch": f"{self.job.training.batch_size:,}",
             "images seen": f"{self.images_seen:,}",
             "skipped steps, whose gradient was no number": len(self.skipped),
             "went back to a save": self.restarts,
@@ -311,10 +323,21 @@ class Trainer:
             ValueError: no save is whole, or it is of another run or version.
         """
         out = self.run.out
+        # One process looks for all: the others read what it found, whatever their disk tells them.
+        found, problem = None, None
         if not self.spread.rank:
             self.saves.clear()
-        found = self.saves.newest()
+            try:
+                found = self.saves.newest()
+            except ValueError as error:
+                problem = str(error)
+        found = self.spread.gather(found, problem)[0]
         if found is None:
+            if (out / WEIGHTS).exists() and not (out / OLD_STATE).exists():
+                raise ValueError(
+                    f"{out} holds weights, but nothing to go on from ({SAVES}/ is missing or empty), and starting over would "
+                    f"overwrite them. Choose another directory, and start from them by --init {out}."
+                )
             if (out / OLD_STATE).exists():
                 raise ValueError(
                     f"{out} holds a run of an older version ({OLD_STATE}), which this one cannot go on with. Its weights can "
@@ -338,6 +361,15 @@ class Trainer:
         self.notes |= {int(index): note for index, note in facts["notes"].items()}
         return True
 
+    def has_weights(self) -> bool:
+        """Whether the file for use is that of the save that was taken up: a process may have been killed in between."""
+        if not self.step:
+            return True  # there is none before the first step
+        try:
+            return read_header(self.run.out / WEIGHTS)[1].step == self.step
+        except ValueError:
+            return False
+
     def go_back(self, why: str) -> None:
         """To the last save, and on from there with other draws.
 
@@ -355,6 +387,9 @@ class Trainer:
         self.spread.wait()
         self.optimizer.zero_grad(set_to_none=True)
         self.load()
+        self.spread.wait()
+        if not self.spread.rank:
+            self.saves.put_aside()
         self.restarts, self.skipped = restarts, skipped
 
     def named_step(self, batch: Batch) -> Step:
@@ -410,7 +445,14 @@ def train(
     Raises:
         ValueError: the directory holds another run or is in use, no sample is readable, or the loss is no number.
     """
-    return run_job(lambda: PretrainingJob(recipe, samples, run, initial), to_dict(recipe), samples, run, on_progress)
+    return run_job(
+        lambda: PretrainingJob(recipe, samples, run, initial),
+        to_dict(recipe),
+        samples,
+        run,
+        on_progress,
+        digest=digest_of(samples.source),
+    )
 
 
 def run_job(
@@ -444,13 +486,17 @@ def run_job(
     }
     check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
     first = spread.rank == 0
-    with spread, lock(run.out) if first else nullcontext(), interruptible() as interrupted:
+    with spread, lock(run.out) if first else nullcontext(), interruptible(first) as interrupted:
         trainer = Trainer(make(), samples, run, spread)
         resumed = trainer.load()
         spread.wait()  # until everybody has read it
         if not resumed and first:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
             trainer.save_start()
+        if first:
+            trainer.saves.put_aside()
+        if resumed and not trainer.has_weights():
+            trainer.save(final=trainer.step == trainer.num_steps)
         metrics = Metrics(run.out, trainer.step, run.wandb, config) if first else None
         try:
             outcome = _loop(trainer, metrics, interrupted, on_progress if first else None)
@@ -459,9 +505,17 @@ def run_job(
                 metrics.close()
             trainer.saves.close()
         outcome = {"out": str(run.out), "resumed": resumed, **outcome}
-        if first and outcome["steps_now"]:  # for scripts, which ask whether to start it again
+        if first and (outcome["steps_now"] or not _said_finished(run.out)):  # scripts ask whether to start it again
             write_atomically(run.out / OUTCOME, lambda part: part.write_text(json.dumps(outcome, indent=2) + "\n"))
     return outcome if first else {"rank": spread.rank}
+
+
+def _said_finished(out: Path) -> bool:
+    """Whether outcome.json says so; a process may have been killed before it could write it."""
+    try:
+        return json.loads((out / OUTCOME).read_text(encoding="utf-8"))["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Share(nn.Module):
@@ -495,7 +549,7 @@ def _shared(trainer: Trainer) -> nn.Module:
         device_ids=None if device.type == "cpu" else [device],
         **unsynced,
         gradient_as_bucket_view=True,
-        find_unused_parameters=True,  # a branch may have no clip on some process
+        find_unused_parameters=not trainer.job.uses_all,
     )
 
 
@@ -515,9 +569,11 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
     stopped = False
     training = job.training
     over = f" over {spread.world} processes" if spread.world > 1 else ""
+    begun = f"going on from step {first_step:,} of {trainer.num_steps:,}; " if first_step else ""
+    whole = ", all of the data" if training.batch_size == len(trainer.samples) else ""
     setup = (
-        f"{training.epochs:,} epochs of {trainer.steps_per_epoch:,} steps; batches of {training.batch_size:,}{over}; "
-        f"learning rate {training.base_lr:g} x {training.batch_size} / 256 = {training.lr:.3g}"
+        f"{begun}{training.epochs:,} epochs of {trainer.steps_per_epoch:,} steps; batches of {training.batch_size:,}{over}"
+        f"{whole}; learning rate {training.base_lr:g} x {training.batch_size} / 256 = {training.lr:.3g}"
     )
 
     def write(numbers: dict[str, float]) -> None:
@@ -637,6 +693,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                 break
             asked = time.perf_counter()
         trainer.saves.wait()
+        spread.wait()  # or a launcher sees a process end well, and ends the one that still writes
 
     while True:
         try:

@@ -88,12 +88,16 @@ def bench(options: Bench, on_progress: Callable[[int, int], None] | None = None)
     check_choice("--precision", "precision", options.precision or "fp32", Precision)
     device = pick_device(options.device)
     precision: Precision = options.precision or ("bf16" if device.startswith("cuda") else "fp32")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers {options.workers}: use 0 to read in the main process, or more.")
+    options.out.mkdir(parents=True, exist_ok=True)  # before anything is measured that could not be written
     makers = _makers(options, device, precision)
     source = None
     if options.data is not None:  # before the hours of a large model
         source = source_for(options.data, _recipe(options, options.recipes[0]).clip)
     height, width = parse_image_size(options.image_size)
     pictures = torch.rand(options.batch_size, 3, height, width, device=device)
+    before = matrix_product_peak(device, precision)
     memory = {name: _peak_memory(options, device, precision, name) for name in makers}
     contenders = [make() for make in makers.values()]
     total = options.rounds + 1
@@ -107,7 +111,7 @@ def bench(options: Bench, on_progress: Callable[[int, int], None] | None = None)
                 stages[contender.name].append(told)
         if on_progress is not None:
             on_progress(number + 1, total)
-    peaks = {"matrix_product": matrix_product_peak(device, precision)}
+    peaks = {"matrix_product": max(before, matrix_product_peak(device, precision))}
     datasheet = peak_of(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
     if datasheet is not None:
         peaks["datasheet"] = 1e12 * (datasheet.bf16 if precision == "bf16" else datasheet.fp32)
@@ -328,7 +332,7 @@ def hardware(device: str) -> str:
     except OSError:
         return platform.processor() or platform.machine()
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{os.cpu_count()} x {found.group(1)}" if found else platform.machine()
+    return f"{found.group(1)}, {os.cpu_count()} cores" if found else platform.machine()
 
 
 def _commit() -> str | None:

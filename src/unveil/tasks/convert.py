@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from unveil.convert_video import from_mae_st, from_videomae
 from unveil.convert_vit import Told, from_vit, read_config
 from unveil.foreign import NAMES, Kind, recognise
 from unveil.model import AnyModel, model_of
+from unveil.planning import command_line
 from unveil.recipe import to_dict
 from unveil.reference import is_installed, largest_difference, library_of
 
@@ -228,7 +227,7 @@ def convert(options: Convert) -> dict[str, Any]:
         images_seen=0,
         ema_decay=DIT_EMA_DECAY if averaged and kind == "dit" else None,
         data=f"not known: converted from {options.source.name}{average}",
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
         parts=report.parts,
     )
     save_weights(options.out, recipe, state, about)

@@ -157,10 +157,12 @@ def _advice(report: dict[str, Any], options: Doctor, side: int) -> list[str]:
             f"{number:,} is few to learn from; thousands are usual. Start from trained weights with `unveil pretrain "
             "--init`, and look at `unveil plan`."
         )
+    kept = side * 8 // 7  # as 256 is to 224
     if sizes["short_side"]["median"] >= MUCH_LARGER * side:
         lines.append(
             f"Half of the pictures are {sizes['short_side']['median'] / side:.1f} times as large as {side} pixels or more, and "
-            f"reading them may take most of the time. `unveil prepare --image-size {side}` shrinks them once."
+            f"reading them may take most of the time. `unveil prepare --data {report['data']} --out prepared/ "
+            f"--image-size {kept}` shrinks them once."
         )
     smaller = sizes["smaller_than"][str(side)]
     if smaller > number / 5:

@@ -33,6 +33,7 @@ from unveil.recipe import Recipe
 from unveil.train import Trainer
 
 USUAL_MFU = 0.4
+MANY_EPOCHS = 1_000  # in which a run that asks nearest neighbours at all has asked them
 MEMORY_SHARE = 0.9  # of what there is; the rest is for the system, and for what is allocated in odd pieces
 
 
@@ -222,7 +223,8 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
         trainer = Trainer(
             PretrainingJob(recipe, samples, run), samples, dataclasses.replace(run, workers=0)
         )  # --init moves no time
-        evaluated = any(trainer.job.evaluates(epoch + 1) for epoch in range(training.epochs))
+        some = {*range(1, min(training.epochs, MANY_EPOCHS) + 1), training.epochs}
+        evaluated = any(trainer.job.evaluates(epoch) for epoch in some)
         kept = activations(trainer, reading.samples, least)
         most = int((able - fixed - kept.fixed) // max(1, kept.per_clip))
         if absent is None and options.peak_tflops is None and most >= least:

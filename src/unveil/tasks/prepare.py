@@ -1,7 +1,6 @@
 """Any data as tar shards: pictures shrunk and checked once, so that training reads them fast."""
 
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -24,7 +23,7 @@ from unveil.packing import Form, Format, finished_shard, sidecar, write_shard
 from unveil.planning import MAX_SIDE
 from unveil.rundir import PROBLEMS, interruptible, lock
 from unveil.shards import FORMAT, MANIFEST, PLAN
-from unveil.sources import Source, as_text, open_source
+from unveil.sources import Source, as_text, digest_of, open_source
 
 QUALITY = 92  # of JPEG and WebP
 FEWEST, MOST, PARTS = 256, 4096, 64  # samples of a shard, and how many shards there are in between
@@ -82,14 +81,6 @@ def _check(options: Prepare) -> Form:
     return Form(side=options.image_size, format=options.format, quality=options.quality or QUALITY)
 
 
-def _digest(source: Source) -> str:
-    """Of all samples and their labels, so that a second start knows whether they are the same."""
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        digest.update(repr((source.where(i), source.label(i))).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def _plan(options: Prepare, form: Form, source: Source) -> dict[str, Any]:
     """What is made of what: all that the shards depend on."""
     size = options.shard_samples or min(MOST, max(FEWEST, -(-len(source) // PARTS)))
@@ -101,7 +92,7 @@ def _plan(options: Prepare, form: Form, source: Source) -> dict[str, Any]:
         "shard_samples": size,
         "seed": options.seed,
         "source_samples": len(source),
-        "source_digest": _digest(source),
+        "source_digest": digest_of(source),
     }
 
 

@@ -22,7 +22,8 @@ class Replay:
     """
 
     bundle: Path
-    """A folder below skipped/ in a run directory: the batch as it was read, and the weights as they were."""
+    """A folder below skipped/ in a run directory: the batch as it was read, and the weights as they were when it
+    was noticed, at most a second later."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... Default: cuda if there is one."""
 
