@@ -268,7 +268,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (whole["step"], whole["resumed"]) == (4, False)
     real = train_module.interruptible
 
-    def stop_after_a_step() -> Any:
+    def stop_after_a_step(tell: bool = True) -> Any:
         received: list[int] = [2]
 
         class Stop:
