@@ -49,9 +49,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> P
 
 # Kills
 
-# Forked off a process that has imported this module and done nothing: autograd cannot be forked once its threads run.
+# Forked off a process that has imported what takes long and done nothing: autograd cannot be forked once its threads run.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["test_survival"])
+FRESH.set_forkserver_preload(["unveil.cli", "torch.distributed.checkpoint"])
 
 
 def _run(out: Path, pictures: Path) -> None:
