@@ -171,19 +171,25 @@ def test_a_process_without_a_readable_clip_waits_for_the_others(tmp_path: Path, 
     torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def broken_at(rank: int, calls: set[int]) -> type[Objective]:
+    """An objective whose loss is no number at some of its calls, from 1, in one process."""
+
     class Broken(Objective):
-        calls = 0
+        count = 0
 
         def forward(self, *arguments: Any) -> Any:
             loss, logs = super().forward(*arguments)
-            Broken.calls += 1
-            broken = os.environ.get("RANK") == "1" and Broken.calls == 5
+            Broken.count += 1
+            broken = os.environ.get("RANK") == str(rank) and Broken.count in calls
             return (loss * float("nan") if broken else loss), logs
 
-    monkeypatch.setattr(job_module, "Objective", Broken)
+    return Broken
+
+
+def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "Objective", broken_at(1, {5}))
     first, second = together(lambda rank: go(tmp_path, pictures))
     assert first["finished"], first
     assert first["skipped_steps"] == 1
@@ -198,16 +204,7 @@ def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
 def test_a_run_that_goes_back_does_so_in_all_processes(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Broken(Objective):
-        calls = 0
-
-        def forward(self, *arguments: Any) -> Any:
-            loss, logs = super().forward(*arguments)
-            Broken.calls += 1
-            broken = os.environ.get("RANK") == "0" and Broken.calls in (3, 4, 5)
-            return (loss * float("nan") if broken else loss), logs
-
-    monkeypatch.setattr(job_module, "Objective", Broken)
+    monkeypatch.setattr(job_module, "Objective", broken_at(0, {3, 4, 5}))
     first, _ = together(lambda rank: go(tmp_path, pictures, save_minutes=0))
     assert first["finished"], first
     assert (first["went_back"], first["skipped_steps"], first["images_seen"]) == (1, 3, 72)

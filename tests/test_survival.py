@@ -30,7 +30,7 @@ from unveil.online_knn import NearestNeighbours
 from unveil.rundir import METRICS, Run
 from unveil.saves import Saves
 from unveil.tasks.replay import Replay, replay
-from unveil.trouble import BATCH, BUNDLES, MAX_BUNDLES, MAX_RESTARTS, PATIENCE
+from unveil.trouble import BATCH, BUNDLES, MAX_BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +445,18 @@ def test_a_few_in_a_row_send_the_run_back_with_other_draws(
     assert outcome["finished"]
     assert {epoch for epoch, _ in seen[15:]} == {1_000_001, 1_000_002}  # a resumed run keeps its other draws
     assert len(list((out / BUNDLES).iterdir())) == MAX_BUNDLES
+
+
+def test_a_row_that_ended_before_the_look_counts() -> None:
+    """Many steps lie between two looks: that the last one was fine does not mean that all is well."""
+    health, number = Health(), torch.tensor(1.0)
+    rows = []
+    for look in ([True, False, False], [False, False, True], [False, True], [True]):
+        for good in look:
+            health.note(Step(0, []), number, number, torch.tensor(good))
+        health.look()
+        rows.append(health.in_a_row)
+    assert rows == [2, 4, 1, 0]
 
 
 def test_a_run_that_goes_back_too_often_stops_with_a_sentence(

@@ -230,6 +230,11 @@ class Trainer:
             },
         }
 
+    def check_weights(self) -> None:
+        """Raises NotFinite if the weights are no numbers, which finite gradients of a rate that is too high can lead to."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise NotFinite("The weights became infinite or no numbers")
+
     def save(self, final: bool) -> None:
         """Begin to write what a resumed run goes on from, the weights for use, and what shows how it goes.
 
@@ -243,8 +248,7 @@ class Trainer:
             NotFinite: the weights are no numbers, so nothing was written.
         """
         out = self.run.out
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise NotFinite("The weights became infinite or no numbers")
+        self.check_weights()
         for problems, notes in self.spread.gather((self.problems, self.notes), None):
             self.problems |= problems
             self.notes |= notes
@@ -408,7 +412,7 @@ class Trainer:
             self.spread.rank,
             self.samples,
             lambda path: self.job.save(path, _kept(self.model), about),
-            {"seed": self.run.seed, "precision": self.run.precision, "named": self.named(step.number)},
+            {"seed": self.run.seed, "precision": self.run.precision},
         )
 
     def note(self, batch: Batch) -> None:
@@ -659,18 +663,18 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
             epoch, rest = divmod(trainer.step, trainer.steps_per_epoch)
             if rest == 0 and trainer.images_seen and job.evaluates(epoch):
                 if len(health):
-                    record()  # first, because it goes back if the weights are no numbers
+                    record()  # first, because it goes back if steps were skipped
                     last_told = time.perf_counter()
                 begun = time.perf_counter()
+                trainer.check_weights()  # by every process, though one evaluates
                 trainer.saves.wait()  # no process is forked, for the test data, in the middle of a write
                 if spread.rank == 0:
                     numbers = trainer.evaluate()
                     write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
                 last_record += time.perf_counter() - begun  # which is not the training's time
             last = trainer.step == trainer.num_steps
-            stopping = stopping or (
-                len(interrupted) if spread.world == 1 else 0
-            )  # one alone need not wait for the next step
+            if spread.world == 1:  # one alone need not wait for the next step to learn of it
+                stopping = len(interrupted)
             saving = saving or last or stopping
             if len(health) and (saving or telling):
                 record()  # before a save, because it goes back if steps were skipped

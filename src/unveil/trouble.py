@@ -56,11 +56,12 @@ def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
 class Health:
     """Losses since the last look, and which of their steps were skipped.
 
-    in_a_row: skipped steps at the end of what was looked at.
+    in_a_row: the most steps in a row that were skipped, of those of the last look and the row that led up to them.
     """
 
     def __init__(self) -> None:
         self.in_a_row = 0
+        self._row = 0  # at the end of the last look
         self._steps: list[Step] = []
         self._values: list[Tensor] = []
 
@@ -76,8 +77,10 @@ class Health:
         losses, norms, fine = torch.stack(self._values).cpu().double().unbind(1)
         made = fine.bool()
         skipped = [step for step, good in zip(self._steps, made.tolist(), strict=True) if not good]
+        self.in_a_row = 0
         for good in made.tolist():
-            self.in_a_row = 0 if good else self.in_a_row + 1
+            self._row = 0 if good else self._row + 1
+            self.in_a_row = max(self.in_a_row, self._row)
         self._steps, self._values = [], []
         if not made.any():
             return None, None, skipped
@@ -97,7 +100,7 @@ def write_bundle(
     Args:
         rank: of the process, of which each keeps its part of the batch.
         save_model: writes the weights, which the step left as they were, to a path.
-        facts: seed, precision and what else a replay needs.
+        facts: the run's seed and precision, for a replay.
     """
     mine = f"-rank-{rank}" if rank else ""
     folder = out / BUNDLES / f"step-{step.number:09d}{mine}"
