@@ -27,7 +27,7 @@ from unveil.start import modules_of
 from unveil.tasks import finetune_generator as task
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator, with_clean_share
 from unveil.tasks.generate import Generate, generate
-from unveil.train import Trainer
+from unveil.trainer import Trainer
 
 DIGIT = {"size": "Nano/2", "channels": 1, "height": 8}
 DIGITS = tuple(str(digit) for digit in range(10))

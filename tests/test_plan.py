@@ -22,7 +22,7 @@ from unveil.pretraining_job import PretrainingJob
 from unveil.tasks import plan as plan_module
 from unveil.tasks.plan import Plan, plan
 from unveil.tasks.pretrain import Pretrain, pretrain
-from unveil.train import Trainer
+from unveil.trainer import Trainer
 
 SMALL: dict[str, Any] = {"data": "digits:test", "device": "cpu", "workers": 0}
 QUICK: dict[str, Any] = {**SMALL, "measure_seconds": 0.02}

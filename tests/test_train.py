@@ -43,7 +43,8 @@ from unveil.report import CAPTION, MARGIN
 from unveil.rundir import Run, lock
 from unveil.saves import Saves
 from unveil.sheet import what_it_sees
-from unveil.train import Trainer, train
+from unveil.train import train
+from unveil.trainer import Trainer
 
 # Learning
 

@@ -18,7 +18,7 @@ from unveil.optim import adam_state
 from unveil.pretraining import Pretraining
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe
-from unveil.train import Trainer
+from unveil.trainer import Trainer
 from unveil.trouble import gradient_norm, guard
 
 READ_AT_MOST = 256  # pictures that the reading speed is measured on

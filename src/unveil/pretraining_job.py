@@ -23,7 +23,7 @@ from unveil.sheet import what_it_sees
 
 
 class PretrainingJob:
-    """The job of a recipe: its branches and their losses; see `unveil.train.Job`.
+    """The job of a recipe: its branches and their losses; see `unveil.trainer.Job`.
 
     Args:
         initial: tensors to start from in place of the drawn ones, by name; not all need be given.

@@ -21,7 +21,7 @@ from unveil.rundir import Run
 
 
 class RecognitionJob:
-    """The job of fine-tuning; see `unveil.train.Job`."""
+    """The job of fine-tuning; see `unveil.trainer.Job`."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from unveil.planning import FEW_STEPS
 from unveil.pretraining import PretrainingOptions, pretraining_of, recipe_of
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe
-from unveil.train import Trainer
+from unveil.trainer import Trainer
 
 USUAL_MFU = 0.4
 MANY_EPOCHS = 1_000  # in which a run that asks nearest neighbours at all has asked them
