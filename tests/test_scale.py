@@ -1,5 +1,6 @@
 """Several processes train as one does with the same batch."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from small import EVERY, build, clips_for, labels_for, small_variant
 from test_train import PHOTO_RECIPES, go, photo_recipe, read_save, write_pictures
 
 from unveil import cli
@@ -22,6 +24,9 @@ from unveil.losses import Objective, draw
 from unveil.recipe import Recipe
 from unveil.rundir import METRICS
 from unveil.saves import Saves
+from unveil.sharding import local, shard, whole
+from unveil.spread import Spread
+from unveil.tasks.replay import Replay, replay
 from unveil.trouble import BUNDLES
 
 
@@ -106,9 +111,13 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", PHOTO_RECIPES)
-@pytest.mark.parametrize("run", [{}, {"accumulate": 2}, {"workers": 1}], ids=["plain", "pieces", "worker"])
+@pytest.mark.parametrize(
+    "run",
+    [{}, {"accumulate": 2}, {"workers": 1}, {"fsdp": True}, {"fsdp": True, "accumulate": 2}],
+    ids=["plain", "pieces", "worker", "shards", "shards-pieces"],
+)
 def test_two_processes_equal_one(
-    tmp_path: Path, pictures: Path, alone: dict[str, Path], name: str, run: dict[str, int]
+    tmp_path: Path, pictures: Path, alone: dict[str, Path], name: str, run: dict[str, Any]
 ) -> None:
     """Batches of 4 in two processes of 2 clips each, with two branches, labels and clipped gradients in one of the recipes."""
     first, second = together(lambda rank: go(tmp_path / "run", pictures, PHOTO_RECIPES[name], **run))
@@ -117,9 +126,41 @@ def test_two_processes_equal_one(
     assert second == {"rank": 1}
     assert len(losses(tmp_path / "run")) == 18
     assert_close(tmp_path / "run", alone[name])
+    written = {path.name for path in Saves(tmp_path / "run").folder.glob("step-000000018/*.distcp")}
+    assert written == ({"__0_0.distcp", "__1_0.distcp"} if "fsdp" in run else {"__0_0.distcp"})
 
 
-def stop_at(step: int, at_rank: int) -> Callable[[int, Path, Path, Recipe], Any]:
+def test_every_network_computes_the_same_in_shards() -> None:
+    """Loss and gradients of every variant, and how much of it a process has."""
+
+    def compare(rank: int) -> dict[str, Any]:
+        told = {}
+        with Spread():
+            for name in EVERY:
+                recipe = small_variant(name)
+                model = build(recipe, spread=0.2)  # so that no gate is zero and hides what is behind it
+                sharded = copy.deepcopy(model)
+                shard(sharded, "cpu")
+                clips = clips_for(recipe, 3)
+                drawn = draw(recipe, model.schedule, 0, 0, [0, 1, 2], labels=labels_for(recipe, 3), every_branch=True)
+                ours, theirs = (Objective(each)(clips, drawn)[0] for each in (model, sharded))
+                ours.backward()
+                theirs.backward()
+                torch.testing.assert_close(theirs, ours)
+                for (path, parameter), other in zip(model.named_parameters(), sharded.parameters(), strict=True):
+                    assert (parameter.grad is None) == (other.grad is None), (name, path)
+                    if parameter.grad is not None and other.grad is not None:
+                        torch.testing.assert_close(whole(other.grad), parameter.grad, msg=f"{name}: {path}")
+                part = sum(local(parameter).numel() for parameter in sharded.parameters())
+                told[name] = part / sum(parameter.numel() for parameter in model.parameters())
+        return told
+
+    for told in together(compare):
+        assert told.keys() == EVERY.keys()
+        assert all(0.4 < part < 0.6 for part in told.values()), told
+
+
+def stop_at(step: int, at_rank: int, fsdp: bool) -> Callable[[int, Path, Path, Recipe], Any]:
     """A run in which one process alone gets SIGTERM, in the middle of a step."""
 
     def run(rank: int, out: Path, pictures: Path, recipe: Recipe) -> Any:
@@ -131,38 +172,39 @@ def stop_at(step: int, at_rank: int) -> Callable[[int, Path, Path, Recipe], Any]
             return draw(*arguments, **named)
 
         job_module.draw = draw_and_stop  # type: ignore[attr-defined]  # in a process of its own
-        return go(out, pictures, recipe)
+        return go(out, pictures, recipe, fsdp=fsdp)
 
     return run
 
 
-@pytest.mark.parametrize("at_rank", [0, 1])
+@pytest.mark.parametrize("at_rank, fsdp", [(0, False), (1, False), (1, True)], ids=["first", "second", "shards"])
 def test_a_save_of_two_processes_is_taken_up_by_one_and_the_other_way_round(
-    tmp_path: Path, pictures: Path, alone: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_rank: int
+    tmp_path: Path, pictures: Path, alone: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_rank: int, fsdp: bool
 ) -> None:
     """Whichever process the signal reaches, all stop after the same step."""
     recipe, out = PHOTO_RECIPES["umd_flow"], tmp_path / "run"
-    first, second = together(lambda rank: stop_at(4, at_rank)(rank, out, pictures, recipe))
+    first, second = together(lambda rank: stop_at(4, at_rank, fsdp)(rank, out, pictures, recipe))
     assert (first["interrupted"], second) == ("SIGTERM", {"rank": 1}), (first, second)
     step = first["step"]
     assert step in (5, 6)  # the others learn of it when the next step begins
     monkeypatch.setattr(job_module, "draw", draw)
-    assert stop_at(4, 0)(0, out, pictures, recipe)["step"] == step + 5
+    assert stop_at(4, 0, fsdp)(0, out, pictures, recipe)["step"] == step + 5
     job_module.draw = draw  # type: ignore[attr-defined]
-    first, second = together(lambda rank: go(out, pictures, recipe))
+    first, second = together(lambda rank: go(out, pictures, recipe, fsdp=fsdp))
     assert first["finished"], first
     assert first["resumed"]
     assert_close(out, alone["umd_flow"])
 
 
-def test_a_process_without_a_readable_clip_waits_for_the_others(tmp_path: Path, pictures: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_without_a_readable_clip_waits_for_the_others(tmp_path: Path, pictures: Path, fsdp: bool) -> None:
     """Batches of two clips in two processes, a third of them unreadable; also the count of what is wrong."""
     write_pictures(tmp_path / "data", 18)
     for number in (1, 4, 5, 8, 11, 12):
         (tmp_path / "data" / f"{number:03}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nonsense" * 40)
     recipe = photo_recipe(epochs=2, batch_size=2)
     whole = go(tmp_path / "alone", tmp_path / "data", recipe)
-    first, _ = together(lambda rank: go(tmp_path / "run", tmp_path / "data", recipe))
+    first, _ = together(lambda rank: go(tmp_path / "run", tmp_path / "data", recipe, fsdp=fsdp))
     assert first["finished"], first
     assert first["images_seen"] == whole["images_seen"] == 24
     assert first["skipped"] == whole["skipped"] == 6
@@ -186,26 +228,28 @@ def broken_at(rank: int, calls: set[int]) -> type[Objective]:
     return Broken
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool
 ) -> None:
     monkeypatch.setattr(job_module, "Objective", broken_at(1, {5}))
-    first, second = together(lambda rank: go(tmp_path, pictures))
+    first, second = together(lambda rank: go(tmp_path, pictures, fsdp=fsdp))
     assert first["finished"], first
     assert first["skipped_steps"] == 1
     assert second == {"rank": 1}
-    assert {path.name for path in (tmp_path / BUNDLES).iterdir()} == {
-        "step-000000004",
-        "step-000000004-rank-1",
-    }
+    bundle = tmp_path / BUNDLES / "step-000000004"
+    assert [path.name for path in (tmp_path / BUNDLES).iterdir()] == [bundle.name]
+    assert {path.name for path in bundle.iterdir()} == {WEIGHTS, "batch-0.safetensors", "batch-1.safetensors"}
+    assert replay(Replay(bundle=bundle))["num_clips"] == 4
     assert all(value.isfinite().all() for value in load_model(tmp_path)[0].state_dict().values())
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_a_run_that_goes_back_does_so_in_all_processes(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool
 ) -> None:
     monkeypatch.setattr(job_module, "Objective", broken_at(0, {3, 4, 5}))
-    first, _ = together(lambda rank: go(tmp_path, pictures, save_minutes=0))
+    first, _ = together(lambda rank: go(tmp_path, pictures, save_minutes=0, fsdp=fsdp))
     assert first["finished"], first
     assert (first["went_back"], first["skipped_steps"], first["images_seen"]) == (1, 3, 72)
     assert Saves(tmp_path).names()[-1] == "step-000000018-restart-1"

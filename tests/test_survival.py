@@ -30,7 +30,9 @@ from unveil.online_knn import NearestNeighbours
 from unveil.rundir import METRICS, Run
 from unveil.saves import Saves
 from unveil.tasks.replay import Replay, replay
-from unveil.trouble import BATCH, BUNDLES, MAX_BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step
+from unveil.trouble import BUNDLES, MAX_BUNDLES, MAX_RESTARTS, PATIENCE, Health, Step
+
+FIRST_BATCH = "batch-0.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -353,8 +355,8 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_kept(
     assert "loss" not in record
 
     bundle = out / BUNDLES / "step-000000008"
-    assert {path.name for path in bundle.iterdir()} == {WEIGHTS, BATCH}
-    kept = safetensors.torch.load_file(bundle / BATCH)
+    assert {path.name for path in bundle.iterdir()} == {WEIGHTS, FIRST_BATCH}
+    kept = safetensors.torch.load_file(bundle / FIRST_BATCH)
     assert kept["clips"].shape[0] == 4
     monkeypatch.setattr(job_module, "draw", draw)
     outcome = go(out, pictures)
@@ -393,11 +395,11 @@ def test_replay_says_what_is_to_blame(
     broken.at = frozenset({4})
     go(tmp_path / "run", pictures, photo_recipe(epochs=1), save_minutes=0)
     bundle = tmp_path / "run" / BUNDLES / "step-000000004"
-    tensors = safetensors.torch.load_file(bundle / BATCH)
-    with safetensors.safe_open(bundle / BATCH, framework="pt") as file:
+    tensors = safetensors.torch.load_file(bundle / FIRST_BATCH)
+    with safetensors.safe_open(bundle / FIRST_BATCH, framework="pt") as file:
         metadata = file.metadata()
     tensors["clips"][2, 0, 0, 0, 0] = float("nan")
-    safetensors.torch.save_file(tensors, bundle / BATCH, metadata)
+    safetensors.torch.save_file(tensors, bundle / FIRST_BATCH, metadata)
     cli.main(["replay", "--bundle", str(bundle)])
     told = capsys.readouterr().out
     index = int(tensors["indices"][2])
@@ -409,7 +411,7 @@ def test_replay_says_what_is_to_blame(
 @pytest.mark.parametrize("there", ["nothing", "text"])
 def test_replay_of_something_else_refuses(tmp_path: Path, there: str) -> None:
     if there == "text":
-        (tmp_path / BATCH).write_text("no tensors")
+        (tmp_path / FIRST_BATCH).write_text("no tensors")
     with pytest.raises(ValueError, match="holds no skipped step"):
         replay(Replay(bundle=tmp_path))
 

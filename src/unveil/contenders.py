@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from unveil.compiling import compile_blocks
 from unveil.losses import Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import optimizer_for
@@ -59,21 +60,21 @@ class Ours:
         self.precision: Precision = precision
         self.model = MaskedDiffusionAutoencoder(recipe).to(device).train()
         self.optimizer = optimizer_for(self.model, recipe.training)
-        objective = Objective(self.model)
-        self.objective: Callable[..., Any] = torch.compile(objective) if compile else objective
-        self.split = not compile  # a hook in the middle would break the graph
+        self.objective = Objective(self.model)
+        reason = compile_blocks(self.model, device, precision == "bf16") if compile else None
+        if reason is not None:
+            raise ValueError(f"--compile, but this machine cannot compile: {reason}. Drop it.")
         self.count = 0
 
     def step(self, pictures: Tensor) -> dict[str, float]:
         clock = Clock(self.device)
-        hook = self.model.encoder.register_forward_hook(lambda *_: clock.end("encoder")) if self.split else None
+        hook = self.model.encoder.register_forward_hook(lambda *_: clock.end("encoder"))
         drawn = draw(self.recipe, self.model.schedule, 0, self.count, range(len(pictures))).to(self.device)
         clock.end("draw")
         with _autocast(self.device, self.precision):
             loss, _ = self.objective(pictures[:, :, None], drawn)
         clock.end("rest of forward")
-        if hook is not None:
-            hook.remove()
+        hook.remove()
         _update(loss, self.optimizer, clock)
         self.count += 1
         return clock.seconds

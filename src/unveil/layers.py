@@ -1,10 +1,13 @@
 """Transformer blocks with timm's parameter names, and what tells them positions, time and class. Sizes are flat arguments."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from unveil.tokens import Grid, rotary_angles, sincos_positions
@@ -142,7 +145,12 @@ class Block(nn.Module):
     the identity at first.      Peebles & Xie 2023, arXiv 2212.09748, section 3.2
 
     drop_path: probability that a row skips a branch in training, drawn from torch's global generator.
+    Set from outside, for training: recompute, whether to work out again in the backward pass what the forward pass would
+    otherwise keep; compiled, what to call in place of `compute`.
     """
+
+    recompute = False
+    compiled: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -167,6 +175,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """x (B, L, D); cond (B, cond_dim) if it was built for one."""
+        return _computed(self, x, cond, rotation)
+
+    def compute(self, x: Tensor, cond: Tensor | None, rotation: Rotation | None) -> Tensor:
         if self.modulation is None:
             x = x + self.drop(self.attn(self.norm1(x), rotation))
             return x + self.drop(self.mlp(self.norm2(x)))
@@ -176,7 +187,13 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm block whose tokens read a memory, then each other if self_attention, then go through an MLP."""
+    """Pre-norm block whose tokens read a memory, then each other if self_attention, then go through an MLP.
+
+    recompute, compiled: as those of `Block`.
+    """
+
+    recompute = False
+    compiled: Callable[..., Tensor] | None = None
 
     def __init__(
         self, embed_dim: int, memory_dim: int, num_heads: int, self_attention: bool, norm_eps: float = 1e-6
@@ -191,10 +208,27 @@ class CrossBlock(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, L, D); keys and values as `CrossAttention.keys_values` makes them."""
+        return _computed(self, x, keys_values)
+
+    def compute(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.cross_attn(self.norm_cross(x), keys_values)
         if self.attn is not None and self.norm1 is not None:
             x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def blocks_of(model: nn.Module) -> list[Block | CrossBlock]:
+    """Every transformer block of a model, encoder and decoder."""
+    return [module for module in model.modules() if isinstance(module, (Block, CrossBlock))]
+
+
+def _computed(block: Block | CrossBlock, *inputs: Any) -> Tensor:
+    """A block's output, by its compiled function where it is trained, and worked out twice if it is to be."""
+    if not torch.is_grad_enabled():
+        return block.compute(*inputs)
+    compute = block.compiled or block.compute
+    return checkpoint(compute, *inputs, use_reentrant=False) if block.recompute else compute(*inputs)
 
 
 class PositionTable(nn.Module):

@@ -1,5 +1,6 @@
 """From a batch of clips to a loss: draw, corrupt, predict, score each token, and only then reduce."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class BranchDraws:
     rows: which clips of the batch, (b,). t: (b,), noise: as `corrupt` wants it, labels: (b,) with "no class" where a label
     is unknown or dropped; None where the branch has no such thing. With K draws of noise for a clip, t, noise, labels and
     mask.hidden have b * K rows, K in a row for each clip, and mask.hidden only the tokens that are decoded.
+    counts: whether the clips have this branch; if not, there is one, so that the branch is computed at all.
     """
 
     rows: Tensor
@@ -31,12 +33,14 @@ class BranchDraws:
     t: Tensor | None
     noise: Tensor | None
     labels: Tensor | None
+    counts: bool = True
 
     def to(self, device: torch.device | str) -> "BranchDraws":
         t, noise, labels = (
             None if x is None else x.to(device, non_blocking=True) for x in (self.t, self.noise, self.labels)
         )
-        return BranchDraws(self.rows.to(device, non_blocking=True), self.mask.to(device), t, noise, labels)
+        rows = self.rows.to(device, non_blocking=True)
+        return BranchDraws(rows, self.mask.to(device), t, noise, labels, self.counts)
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,26 @@ def draw(
     *,
     places: Sequence[int] | None = None,
     labels: Tensor | None = None,
+    every_branch: bool = False,
 ) -> Draws:
     """Draws for the samples with these indices. Each depends on (seed, epoch, index) alone, not on the batch.
 
     Args:
         places: where each sample stands in the epoch's order, which decides its branch; its index if not given.
         labels: (B,) in 0 .. num_classes - 1, or -1 where unknown; for a recipe with classes.
+        every_branch: give a branch that no sample has the first one, which does not count there.
     """
     shares = [branch.share for branch in recipe.branches]
     party = [draws.deal(place, shares) for place in (indices if places is None else places)]
     parts: list[BranchDraws | None] = []
     for number, branch in enumerate(recipe.branches):
         rows = [row for row, p in enumerate(party) if p == number]
+        counts = bool(rows)
+        if not counts and every_branch:
+            rows = [0]
         chosen = [indices[row] for row in rows]
-        parts.append(_draw_branch(recipe, branch, schedule, seed, epoch, rows, chosen, labels) if rows else None)
+        part = _draw_branch(recipe, branch, schedule, seed, epoch, rows, chosen, labels) if rows else None
+        parts.append(part if part is None or counts else dataclasses.replace(part, counts=False))
     return Draws(tuple(parts))
 
 
@@ -210,6 +220,6 @@ class Objective(nn.Module):
             for term in branch.terms:
                 scored = c.visible if term.on == "visible" else c.hidden
                 per_token = self.score(term, predictions[term.on], scored, part.t)
-                loss = loss + term.weight * per_token.mean() * (len(part.rows) / len(clip))
+                loss = loss + term.weight * per_token.mean() * (part.counts * len(part.rows) / len(clip))
                 logs[f"{branch.noise_on}/{term.predict}/{term.on}"] = per_token.detach()
         return loss, logs

@@ -50,6 +50,11 @@ class TrainingOptions:
     accumulate: int = 1
     """Pieces that a batch is computed in, one after another, when it does not fit into memory. The result is the same but
     for the last digits, and for drop path, MixUp and CutMix, which are drawn for each piece."""
+    gradient_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again there: a step takes a third longer, and less memory."""
+    fsdp: bool = False
+    """Of several processes, give each its shards of the weights, gradients, averages and optimiser's state, instead of all:
+    for models that do not fit otherwise. Nothing for one process."""
 
     seed: int = 0
     """Fixes the initial weights, the order, and every draw."""
@@ -60,7 +65,7 @@ class TrainingOptions:
     precision: Precision | None = None
     """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
     compile: bool = False
-    """Compile the step with torch.compile; pays for long runs."""
+    """Compile the transformer blocks with torch.compile, half a minute at the start; without a compiler, say so and go on."""
     save_minutes: float = 2.0
     """Minutes between saves, which also refresh the contact sheet and report.html."""
     keep: int = 2
@@ -145,6 +150,8 @@ def prepare(
         classes=classes,
         start=start,
         accumulate=options.accumulate,
+        gradient_checkpointing=options.gradient_checkpointing,
+        fsdp=options.fsdp,
         keep=options.keep,
         wandb=options.wandb,
     )

@@ -37,9 +37,7 @@ class PretrainingJob:
             self.model = MaskedDiffusionAutoencoder(recipe)
         if initial is not None:
             self.model.load_state_dict({**self.model.state_dict(), **initial})
-        self.model.to(run.device)
         self.objective = Objective(self.model)
-        self.optimizer = optimizer_for(self.model, recipe.training)
         self.neighbours = NearestNeighbours(samples, recipe, run) if samples.source.classes else None
 
     def _check_branches(self, batch_size: int) -> None:
@@ -60,13 +58,16 @@ class PretrainingJob:
                     f"without a clip in some steps. Use a batch of at least {needed}, and at least as many samples."
                 )
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        return optimizer_for(self.model, self.training)
+
     @property
     def uses_all(self) -> bool:
         decoder = self.model.decoder
         masks_some = any(branch.mask_ratio and branch.noise_on != "hidden" for branch in self.recipe.branches)
         return len(self.recipe.branches) == 1 and (decoder is None or decoder.mask_token is None or masks_some)
 
-    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Draws]:
+    def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Draws]:
         assert batch.clips is not None
         drawn = draw(
             self.recipe,
@@ -76,6 +77,7 @@ class PretrainingJob:
             batch.indices.tolist(),
             places=places,
             labels=batch.labels,
+            every_branch=everything,
         )
         return batch.clips, drawn
 

@@ -41,18 +41,21 @@ class RecognitionJob:
             torch.manual_seed(run.seed)
             self.model = Recognizer(recipe, recognition)
         self.model.load_state_dict({**self.model.state_dict(), **initial})
-        self.model.to(run.device)
         self.objective = RecognitionObjective(self.model)
-        training = self.training
-        groups = layer_decay_groups(self.model, recipe.encoder.depth, training.weight_decay, training.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
         self.train_truth, self.test, self.truth, self.eval_epochs = train_truth, test, truth, eval_epochs
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        training, depth = self.training, self.recipe.encoder.depth
+        groups = layer_decay_groups(self.model, depth, training.weight_decay, training.layer_decay)
+        return torch.optim.AdamW(groups, lr=training.lr, betas=(ADAM_BETA1, training.beta2), fused=True)
 
     @property
     def uses_all(self) -> bool:
         return True
 
-    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Targets]:
+    def inputs(
+        self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False
+    ) -> tuple[Tensor, Targets]:
         assert batch.clips is not None
         targets = to_targets(self.recognition, self.train_truth[batch.indices])
         key = draws.key(self.run.seed, epoch, places[0], "blend")

@@ -39,6 +39,8 @@ class Run:
     start: the weights that it starts from, as given by the user; None for drawn ones.
     accumulate: pieces that a batch is computed in, one after another; the same gradient but for the last digits, and but for
         drop path and blending, which are drawn for each piece.
+    gradient_checkpointing: work out in the backward pass what the blocks' forward pass would have kept.
+    fsdp: leave to each process its shards of the weights and of all that goes with them, if there are several.
     keep: saves to go on from that are kept.
     wandb: a project at Weights & Biases to log to as well.
     """
@@ -55,6 +57,8 @@ class Run:
     classes: tuple[str, ...] = ()
     start: str | None = None
     accumulate: int = 1
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
     keep: int = 2
     wandb: str | None = None
 

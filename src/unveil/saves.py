@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from unveil.spread import Spread
+
 # That there is one process is meant. For good, as the words come from a thread, for which no block of code can be quiet.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -33,10 +35,14 @@ class Saves:
 
     Args:
         keep: so many are kept, the newest ones.
+        spread: the processes that write together, each its shards of the tensors; None for one that writes alone.
     """
 
-    def __init__(self, out: Path, keep: int = 2) -> None:
+    def __init__(self, out: Path, keep: int = 2, spread: Spread | None = None) -> None:
         self.folder, self.keep = out / SAVES, keep
+        self.spread = spread
+        self.first = spread is None or spread.rank == 0  # which does what is done once
+        self._group = None if spread is None else spread.another()
         self.damaged: list[str] = []  # what `newest` passed over, and why
         self._aside: list[str] = []
         self._finisher = ThreadPoolExecutor(1, "save")
@@ -58,7 +64,7 @@ class Saves:
     def write(
         self, step: int, restarts: int, state: dict[str, Any], facts: dict[str, Any], then: Callable[[], None]
     ) -> None:
-        """Begin to save; what is in `state` may be changed as soon as this returns.
+        """Begin to save; what is in `state` may be changed as soon as this returns. Processes that write together all call it.
 
         Args:
             state: tensors by name, nested; any number of processes can read them, each its part.
@@ -70,13 +76,18 @@ class Saves:
         """
         self.wait()
         name = f"step-{step:09d}" + (f"-restart-{restarts}" if restarts else "")
-        if name in self.names():  # the same step of the same run is the same state
-            then()
-            return
         part = self.folder / f".{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        written = async_save(state, checkpoint_id=part, no_dist=True)
+        there = name in self.names()  # the same step of the same run is the same state
+        if self.first and not there:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        if self.spread is not None:  # not before the first has made room
+            there = self.spread.gather(there, None)[0]
+        if there:
+            if self.first:
+                then()
+            return
+        written = async_save(state, checkpoint_id=part, process_group=self._group, no_dist=self.spread is None)
         assert isinstance(written, Future)
         self._pending = self._finisher.submit(self._finish, written, part, name, facts, then)
 
@@ -84,7 +95,9 @@ class Saves:
         self, written: "Future[Any]", part: Path, name: str, facts: dict[str, Any], then: Callable[[], None]
     ) -> None:
         try:
-            written.result()
+            written.result()  # of all processes, as the first writes the metadata when the others have told it theirs
+            if not self.first:
+                return
             (part / FACTS).write_text(json.dumps(facts), encoding="utf-8")
             seal = {
                 path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(part.iterdir())
@@ -95,7 +108,8 @@ class Saves:
             os.rename(part, self.folder / name)
             _to_disk(self.folder)
         except (Exception, CheckpointException) as error:
-            shutil.rmtree(part, ignore_errors=True)
+            if self.first:
+                shutil.rmtree(part, ignore_errors=True)
             raise OSError(
                 f"{self.folder / name} could not be written ({_first_line(error)}). Is the disk full? The save before it is "
                 "whole: make room, and the same command goes on from there."

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unveil import __version__
 from unveil.checkpoint import write_atomically
+from unveil.compiling import compile_blocks
 from unveil.data import Samples
 from unveil.pretraining_job import PretrainingJob
 from unveil.recipe import Recipe, to_dict
@@ -114,10 +115,11 @@ def run_job(
         spread.wait()  # until everybody has read it
         if not resumed and first:
             write_atomically(run.out / CONFIG, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
+        if not resumed:
             trainer.save_start()
         if first:
             trainer.saves.put_aside()
-        if resumed and not trainer.has_weights():
+        if resumed and not spread.gather(first and trainer.has_weights(), None)[0]:
             trainer.save(final=trainer.step == trainer.num_steps)
         metrics = Metrics(run.out, trainer.step, run.wandb, config) if first else None
         try:
@@ -153,13 +155,9 @@ class Share(nn.Module):
 
 
 def _shared(trainer: Trainer) -> nn.Module:
-    """The objective of a job as this process computes it: compiled if asked for, and with the others if there are some."""
-    objective: Any = trainer.job.objective
-    if trainer.run.compile:
-        torch._dynamo.reset()  # it counts the graphs of earlier runs in this process, and at eight falls back to eager
-        objective = torch.compile(objective)
-    share = Share(objective)
-    if trainer.spread.world == 1:
+    """The objective of a job as this process computes it, with the others if there are some."""
+    share = Share(trainer.job.objective)
+    if trainer.spread.world == 1 or trainer.in_shards:
         return share
     device = torch.device(trainer.run.device)
     # Buffers never change. torch calls this by another name from 2.15 on, and warns of the old one.
@@ -179,6 +177,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
     run, job = trainer.run, trainer.job
     device = torch.device(run.device)
     spread = trainer.spread
+    eager = compile_blocks(trainer.model, run.device, run.precision == "bf16") if run.compile else None
     share = _shared(trainer)
     trainer.model.train()
     begin = last_save = last_record = last_told = time.perf_counter()
@@ -196,6 +195,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
     setup = (
         f"{begun}{training.epochs:,} epochs of {trainer.steps_per_epoch:,} steps; batches of {training.batch_size:,}{over}"
         f"{whole}; learning rate {training.base_lr:g} x {training.batch_size} / 256 = {training.lr:.3g}"
+        f"{'' if eager is None else f'; not compiled, as this machine cannot: {eager}'}"
     )
 
     def write(numbers: dict[str, float]) -> None:
@@ -252,12 +252,12 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
             if readable:
                 trainer.optimizer.zero_grad(set_to_none=True)
                 value = torch.zeros((), device=device)
-                pieces = batch.pieces(run.accumulate) or [trainer.stand_in()]
+                pieces = trainer.pieces(batch)
                 for number, piece in enumerate(pieces):
                     clips, drawn = trainer.inputs(piece)
                     drawn = drawn.to(device)
                     # Gradients of processes are averaged, and those of clips are to be.
-                    weight = spread.world * len(clips) / readable if batch.clips is not None else 0.0
+                    weight = spread.world * len(clips) / readable if piece.indices[0] >= 0 else 0.0
                     with (
                         job.randomness(trainer.named(trainer.step), number),
                         torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
@@ -286,8 +286,8 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                 begun = time.perf_counter()
                 trainer.check_weights()  # by every process, though one evaluates
                 trainer.saves.wait()  # no process is forked, for the test data, in the middle of a write
-                if spread.rank == 0:
-                    numbers = trainer.evaluate()
+                numbers = trainer.evaluate()
+                if numbers is not None:
                     write({"step": trainer.step, **{f"test/{name}": value for name, value in numbers.items()}})
                 last_record += time.perf_counter() - begun  # which is not the training's time
             last = trainer.step == trainer.num_steps

@@ -1,5 +1,7 @@
 """What a run is between two steps: its model, optimiser, averages and counts, written, taken up, and shown."""
 
+import contextlib
+import copy
 import dataclasses
 import datetime
 import json
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, read_header, write_atomically
 from unveil.config import Training
 from unveil.data import BadPicture, Batch, Order, Samples, batches
+from unveil.layers import blocks_of
 from unveil.optim import adam_state, running_average
 from unveil.report import save_png
 from unveil.rundir import PROBLEMS, SHEET, Run
 from unveil.saves import SAVES, Saves
+from unveil.sharding import kept, local, shard
 from unveil.spread import Spread
 from unveil.training_report import write_training_report
-from unveil.trouble import BUNDLES, MAX_RESTARTS, Step, write_bundle
+from unveil.trouble import BUNDLES, MAX_BUNDLES, MAX_RESTARTS, Step, write_bundle
 
 SHEET_SAMPLES = 8
 OLD_STATE = "state.pt"  # of Unveil 0.1
@@ -48,16 +52,20 @@ class Job(Protocol):
         """forward(clips, draws) -> loss, logs."""
         ...
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new one, for the model's parameters as they are now: on their device, and perhaps in shards."""
+        ...
 
     @property
     def uses_all(self) -> bool:
         """Whether every parameter has a gradient in every step, whatever the clips."""
         ...
 
-    def inputs(self, batch: Batch, epoch: int, places: Sequence[int]) -> tuple[Tensor, Any]:
-        """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order."""
+    def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Any]:
+        """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order.
+
+        everything: whether every module has to be called, by a clip that counts nothing if need be.
+        """
         ...
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -90,8 +98,21 @@ class Trainer:
         self.job, self.samples, self.run = job, samples, run
         self.spread = spread or Spread()
         training = job.training
-        self.model, self.optimizer = job.model, job.optimizer
+        self.model = job.model
+        self.in_shards = run.fsdp and self.spread.world > 1
+        if not self.in_shards:
+            self.model.to(run.device)
         self.averages = nn.ModuleList(running_average(self.model, decay) for decay in training.ema_decays)
+        self.put_together: nn.Module | None = None  # what a model in shards is looked at as, by the first process
+        if self.in_shards:
+            if not self.spread.rank:
+                self.put_together = copy.deepcopy(self.model)
+            for model in (self.model, *(average.module for average in self.averages)):
+                assert isinstance(model, nn.Module)
+                shard(model, run.device)
+        for block in blocks_of(self.model):
+            block.recompute = run.gradient_checkpointing
+        self.optimizer = job.optimizer()
         self.loader = batches(
             samples,
             training.batch_size,
@@ -118,7 +139,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.restarts = 0
         self.skipped: list[int] = []
-        self.saves = Saves(run.out, run.keep)
+        self.saves = Saves(run.out, run.keep, self.spread if self.in_shards else None)
         self.last_report = time.perf_counter()
 
     @property
@@ -128,11 +149,37 @@ class Trainer:
         assert isinstance(model, nn.Module)
         return model
 
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[nn.Module | None]:
+        """The model for use, to be looked at by the first process; the others have None.
+
+        Shards are put together for it by all of them, on the CPU but while it is looked at.
+        """
+        if not self.in_shards:
+            yield None if self.spread.rank else self.in_use.eval()
+        else:
+            weights = kept(self.in_use, keep=self.put_together is not None)
+            if self.put_together is None:
+                yield None
+            else:
+                self.put_together.load_state_dict(weights)
+                yield self.put_together.to(self.run.device).eval()
+                self.put_together.to("cpu")
+        self.model.train()
+
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Clips, and what the current step draws for them."""
         assert batch.clips is not None
         epoch = self.named(self.step // self.steps_per_epoch)
-        return self.job.inputs(batch, epoch, batch.places.tolist())
+        return self.job.inputs(batch, epoch, batch.places.tolist(), everything=self.in_shards)
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """What a step computes one after another: all parts of a batch, and clips that count nothing where others wait."""
+        pieces = batch.pieces(self.run.accumulate)
+        needed = (
+            self.run.accumulate if self.in_shards else 1
+        )  # shards come together in every piece, so all make as many
+        return pieces + [self.stand_in()] * (needed - len(pieces))
 
     def named(self, number: int) -> int:
         """The number of an epoch or a step, where it names draws: others than before after the run went back."""
@@ -147,11 +194,11 @@ class Trainer:
             yield from self.loader
 
     def stand_in(self) -> Batch:
-        """A clip that counts nothing, for a process whose part of a batch cannot be read while that of others can."""
+        """A clip that counts nothing, whose number is -1: for a process that has none while others do."""
         clip = self.samples.clip
         clips = torch.zeros(1, clip.channels, clip.frames, clip.height, clip.width)
         zero = torch.zeros(1, dtype=torch.int64)
-        return Batch(zero, zero, clips, zero - 1, [], [])
+        return Batch(zero - 1, zero, clips, zero - 1, [], [])
 
     def is_lost(self) -> bool:
         """Whether not even what was read before can be read now."""
@@ -167,17 +214,19 @@ class Trainer:
         """The learning rate of the current step."""
         return self.job.lr_at(self.step, self.num_steps, self.warmup_steps)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float] | None:
         """The job's numbers after an epoch, now; the weights of the best epoch so far are kept beside the last ones.
 
-        The first process of several does it for all.
+        All processes call it. The first one does it for all, and the others have None.
         """
-        numbers = self.job.evaluate(self.in_use.eval())
-        self.model.train()
-        if self.best is None or numbers["score"] > self.best["score"]:
-            self.best = {**numbers, "step": self.step}
-            self.job.save(self.run.out / BEST, self.in_use.state_dict(), self.about(average=True))
-        return numbers
+        with self.shown() as model:
+            if model is None:
+                return None
+            numbers = self.job.evaluate(model)
+            if self.best is None or numbers["score"] > self.best["score"]:
+                self.best = {**numbers, "step": self.step}
+                self.job.save(self.run.out / BEST, model.state_dict(), self.about(average=True))
+            return numbers
 
     def about(self, average: bool) -> About:
         """What a weights file of now says of itself; average: whether it holds the weights for use."""
@@ -205,8 +254,12 @@ class Trainer:
         }
 
     def check_weights(self) -> None:
-        """Raises NotFinite if the weights are no numbers, which finite gradients of a rate that is too high can lead to."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        """Raises NotFinite if the weights are no numbers, which finite gradients of a rate that is too high can lead to.
+
+        All processes call it, each for its part.
+        """
+        bad = not all(local(parameter).isfinite().all() for parameter in self.model.parameters())
+        if self.spread.sum(bad)[0]:
             raise NotFinite("The weights became infinite or no numbers")
 
     def save(self, final: bool) -> None:
@@ -226,7 +279,7 @@ class Trainer:
         for problems, notes in self.spread.gather((self.problems, self.notes), None):
             self.problems |= problems
             self.notes |= notes
-        if self.spread.rank:
+        if self.spread.rank and not self.in_shards:
             return
         facts = {
             "step": self.step,
@@ -238,14 +291,16 @@ class Trainer:
             "problems": self.problems,
             "notes": self.notes,
         }
-        sheet = self.paint_sheet()
+        with self.shown() as model:
+            sheet = None if model is None else self.paint_sheet(model)
+        first = not self.spread.rank
         about = self.about(average=False)
         decays = self.job.training.ema_decays
-        files = [(out / (LAST if decays else WEIGHTS), _kept(self.model), about)]
+        files = [(out / (LAST if decays else WEIGHTS), kept(self.model, first), about)]
         for i, (decay, average) in enumerate(zip(decays, self.averages, strict=True)):
             name = WEIGHTS if i == 0 else f"ema-{decay:g}.safetensors"
-            kept = _kept(average.module)  # type: ignore[arg-type]
-            files.append((out / name, kept, dataclasses.replace(about, ema_decay=decay)))
+            weights = kept(average.module, first)  # type: ignore[arg-type]
+            files.append((out / name, weights, dataclasses.replace(about, ema_decay=decay)))
 
         shown = self.facts(final) if final or time.perf_counter() - self.last_report > REPORT_SECONDS else None
         self.last_report = time.perf_counter() if shown else self.last_report
@@ -257,6 +312,8 @@ class Trainer:
                 write_training_report(out, shown, sheet)
 
         self.saves.write(self.step, self.restarts, self.state(), facts, then)
+        if not first:
+            return
         source = self.samples.source
         problems = [{"where": where, "used": False, "what": reason} for where, reason in sorted(self.problems.items())]
         problems += [{"where": source.where(i), "used": True, "what": note} for i, note in sorted(self.notes.items())]
@@ -265,7 +322,7 @@ class Trainer:
 
     def save_start(self) -> None:
         """Write what a run that goes wrong before its first save goes back to; so a disk that is full is met at once."""
-        if self.spread.rank:
+        if self.spread.rank and not self.in_shards:
             return
         facts = {"step": 0, "images_seen": 0, "restarts": 0, "skipped": [], "optimizer": [], "best": None}
         self.saves.write(0, 0, self.state(), {**facts, "problems": {}, "notes": {}}, lambda: None)
@@ -286,11 +343,10 @@ class Trainer:
             "files that could not be used": len(self.problems),
         }
 
-    def paint_sheet(self) -> Image.Image | None:
+    def paint_sheet(self, model: nn.Module) -> Image.Image | None:
         if self.sheet_clips is None:
             return None
-        sheet = self.job.sheet(self.in_use.eval(), self.sheet_clips)
-        self.model.train()
+        sheet = self.job.sheet(model, self.sheet_clips)
         save_png(self.run.out / SHEET, sheet)
         return sheet
 
@@ -377,15 +433,18 @@ class Trainer:
         return Step(self.step, [(epoch, place, index) for place, index in keys])
 
     def skip(self, step: Step) -> None:
-        """Count a step that was skipped, and keep its batch."""
+        """Count a step that was skipped, and keep its batch if it is one of the first few."""
         self.skipped.append(step.number)
+        if len(self.skipped) > MAX_BUNDLES:
+            return
+        weights = kept(self.model, not self.spread.rank) if self.in_shards or not self.spread.rank else {}
         about = dataclasses.replace(self.about(average=False), step=step.number)
         write_bundle(
             self.run.out,
             step,
             self.spread.rank,
             self.samples,
-            lambda path: self.job.save(path, _kept(self.model), about),
+            lambda path: self.job.save(path, weights, about),
             {"seed": self.run.seed, "precision": self.run.precision},
         )
 
@@ -400,8 +459,3 @@ class Trainer:
                     self.problems.pop(self.samples.source.where(index), None)
         if self.sheet_clips is None and batch.clips is not None:
             self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
-
-
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors as they are now."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from unveil.checkpoint import WEIGHTS, write_atomically
 from unveil.data import Key, Samples, collate
+from unveil.sharding import whole
 
 PATIENCE = 3  # steps in a row that are skipped before a run goes back to its last save
 MAX_RESTARTS = 3
 MAX_BUNDLES = 3  # each holds the whole model
-BUNDLES, BATCH = "skipped", "batch.safetensors"
+BUNDLES, BATCHES = "skipped", "batch-*.safetensors"  # a file of each process
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def guard(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tenso
 def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
     """The norm of a model's gradient, which is cut to `limit` if there is one."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -95,22 +96,20 @@ def write_bundle(
     save_model: Callable[[Path], None],
     facts: dict[str, Any],
 ) -> None:
-    """Keep a skipped step: its samples as they were read, and the model, in a folder of its own; of the first few only.
+    """Keep a skipped step in a folder of its own: its samples as they were read, and the model.
 
     Args:
-        rank: of the process, of which each keeps its part of the batch.
+        rank: of the process, of which each keeps its part of the batch, and the first the model.
         save_model: writes the weights, which the step left as they were, to a path.
         facts: the run's seed and precision, for a replay.
     """
-    mine = f"-rank-{rank}" if rank else ""
-    folder = out / BUNDLES / f"step-{step.number:09d}{mine}"
-    if not folder.exists() and len(list((out / BUNDLES).glob(f"step-?????????{mine}"))) >= MAX_BUNDLES:
-        return
+    folder = out / BUNDLES / f"step-{step.number:09d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        save_model(folder / WEIGHTS)
     batch = collate([samples[key] for key in step.keys])
     if batch.clips is None:  # it could be read a second ago
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder / WEIGHTS)
     tensors = {
         "clips": batch.clips.contiguous(),
         "labels": batch.labels,
@@ -118,4 +117,5 @@ def write_bundle(
         "places": batch.places,
     }
     metadata = {"facts": json.dumps({**facts, "step": step.number, "epoch": step.keys[0][0]})}
-    write_atomically(folder / BATCH, lambda part: safetensors.torch.save_file(tensors, part, metadata))
+    name = f"batch-{rank}.safetensors"
+    write_atomically(folder / name, lambda part: safetensors.torch.save_file(tensors, part, metadata))

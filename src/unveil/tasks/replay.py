@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unveil.checkpoint import load_model, pick_device, read_recognition
 from unveil.losses import Objective, draw
-from unveil.trouble import BATCH, BUNDLES
+from unveil.trouble import BATCHES, BUNDLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,23 @@ def replay(options: Replay) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no skipped step of a pre-training.
     """
+    parts, facts = [], {}
     try:
-        with safetensors.safe_open(options.bundle / BATCH, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            clips, labels, indices, places = (file.get_tensor(n) for n in ("clips", "labels", "indices", "places"))
+        for path in sorted(options.bundle.glob(BATCHES), key=lambda path: (len(path.name), path.name)):
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                parts.append([file.get_tensor(name) for name in ("clips", "labels", "indices", "places")])
+        if not parts:
+            raise FileNotFoundError(f"there is no {BATCHES}")
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{options.bundle} holds no skipped step ({type(error).__name__}: {error}). Give one below {BUNDLES}/ of a run."
         ) from None
+    clips, labels, indices, places = (torch.cat(values) for values in zip(*parts, strict=True))
     if read_recognition(options.bundle) is not None:
         raise ValueError(
-            f"{options.bundle} is a step of a fine-tuning, and replay computes those of pre-training. Its clips are in {BATCH} "
-            "and its weights beside it, as `unveil predict --run` takes them."
+            f"{options.bundle} is a step of a fine-tuning, and replay computes those of pre-training. Its clips are in "
+            f"{BATCHES}, its weights beside them, as `unveil predict --run` takes them."
         )
     device = pick_device(options.device)
     model, _ = load_model(options.bundle, device)
