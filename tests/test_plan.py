@@ -16,6 +16,7 @@ from PIL import Image
 from unveil import cli, hardware, measuring
 from unveil.data import Order
 from unveil.hardware import memory_of, peak_of
+from unveil.layers import blocks_of
 from unveil.measuring import a_batch, activations, one_step, outline, read_some, saved_bytes, static_memory, time_steps
 from unveil.pretraining import pretraining_of
 from unveil.pretraining_job import PretrainingJob
@@ -107,6 +108,7 @@ def test_files_are_foretold_for_a_folder_with_an_odd_name(tmp_path: Path) -> Non
         ({"recipe": "umd", "size": "Nano/2", "labels": True}, 64),
         ({"decoder": "cross"}, 64),
         ({"precision": "bf16"}, 32),
+        ({"gradient_checkpointing": True}, 64),
     ],
 )
 def test_activations_of_a_whole_batch_are_foretold_from_small_ones(options: dict[str, Any], batch: int) -> None:
@@ -117,7 +119,28 @@ def test_activations_of_a_whole_batch_are_foretold_from_small_ones(options: dict
     kept = activations(trainer, samples, least)
     counted = saved_bytes(trainer, a_batch(samples, list(range(batch))))
     assert kept.of(batch) == pytest.approx(counted, rel=0.02)
-    assert counted > 50_000 * batch / 8
+    assert counted > 50_000 * batch / (16 if "gradient_checkpointing" in options else 8)
+
+
+def test_checkpointing_keeps_what_blocks_are_given_and_what_one_of_them_saves() -> None:
+    trainer, asked = trainer_of()
+    batch = a_batch([asked.samples[0, i, i] for i in range(8)], list(range(8)))
+    plain = saved_bytes(trainer, batch)
+    given: list[int] = []
+    for block in blocks_of(trainer.model):
+        block.recompute = True
+    hooks = [
+        block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].nbytes))
+        for block in blocks_of(trainer.model)
+    ]
+    less = saved_bytes(trainer, batch)
+    for hook in hooks:
+        hook.remove()
+    blocks = len(given)
+    assert blocks > 4
+    assert sum(given) < less < plain
+    largest = (plain - less) / (blocks - 1)  # about what a block saves, more than it is given
+    assert less > sum(given) + largest / 2
 
 
 def test_what_is_saved_is_counted_once_and_without_the_weights() -> None:
@@ -266,10 +289,19 @@ def test_a_batch_that_does_not_fit_says_in_how_many_pieces_it_does() -> None:
     assert "memory" not in advice_of(batch_size=256, memory_gib=gib(256.5))
     for clips, pieces in ((255.5, 2), (128.5, 2), (127.5, 3), (1.5, 256)):
         told = advice_of(batch_size=256, memory_gib=gib(clips))
-        assert f"does not fit into the memory. Give --accumulate {pieces}, or" in told
+        assert f"does not fit into the memory. Give --accumulate {pieces}, or --gradient-checkpointing, or" in told
     assert "does not fit" not in advice_of(batch_size=256, memory_gib=gib(128.5), accumulate=2)
     assert "does not fit" not in advice_of(batch_size=256, memory_gib=gib(128.5), num_devices=2)
-    assert "Not even one picture at once does: give a smaller --size." in advice_of(batch_size=256, memory_gib=gib(0.5))
+    nothing_fits = "Not even one picture at once does: give a smaller --size, or --gradient-checkpointing{}."
+    assert nothing_fits.format("") in advice_of(batch_size=256, memory_gib=gib(0.5))
+    assert nothing_fits.format(", or --fsdp") in advice_of(batch_size=256, memory_gib=gib(0.5), num_devices=2)
+
+
+def test_shards_divide_what_stays_in_memory() -> None:
+    one, four = (plan(Plan(**QUICK, num_devices=4, fsdp=fsdp))["memory"] for fsdp in (False, True))
+    for name in ("weights", "gradients", "optimizer", "averages"):
+        assert four[name] == math.ceil(one[name] / 4) > 0
+    assert four["activations"] == one["activations"]
 
 
 def test_a_model_that_is_too_large_for_this_machine_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unveil.checkpoint import LAST, WEIGHTS, weights_bytes
 from unveil.data import Batch, Order, Sample, Samples
+from unveil.layers import blocks_of
 from unveil.optim import adam_state
 from unveil.pretraining import Pretraining
 from unveil.pretraining_job import PretrainingJob
@@ -149,7 +150,8 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
     """Bytes that a forward pass of this batch, in one piece, keeps for the backward pass.
 
     On a GPU the most that the allocator held in both passes, beside what was there before. Else the storages that autograd
-    saves, each once, without the parameters: the kernels' scratch, and Python itself, come on top.
+    saves, each once, without the parameters: the kernels' scratch, and Python itself, come on top. With gradient
+    checkpointing these are the inputs of the blocks, and the storages of the block that saves the most.
     """
     job, device = trainer.job, torch.device(trainer.run.device)
     assert batch.clips is not None
@@ -167,18 +169,36 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
         forward().backward()
         return torch.cuda.max_memory_allocated(device) - before
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    storages: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:  # the graph holds it, so that no address is used twice
+    def count(
+        tensor: Tensor, storages: dict[int, int]
+    ) -> Tensor:  # the graph holds it, so that no address is used twice
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved: dict[int, int] = {}
+    once: list[int] = []  # by a block whose forward pass is computed again
+
+    def look(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for part in inputs:
+            for tensor in part if isinstance(part, tuple) else (part,):
+                if tensor is not None:
+                    count(tensor, saved)
+        mine: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: count(tensor, mine), lambda tensor: tensor):
+            output = block.compute(*inputs)  # type: ignore[operator]
+        once.append(sum(nbytes for address, nbytes in mine.items() if address not in saved))
+        del output
+
+    hooks = [block.register_forward_pre_hook(look) for block in blocks_of(trainer.model) if block.recompute]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: count(tensor, saved), lambda tensor: tensor):
         loss = forward()
+    for hook in hooks:
+        hook.remove()
     del loss
-    return sum(storages.values())
+    return sum(saved.values()) + max(once, default=0)
 
 
 def activations(trainer: Trainer, samples: list[Sample], least: int) -> Activations:

@@ -203,6 +203,9 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
     images = num_steps * batch
     cost = masked_step(recipe)
     static = static_memory(sketch)
+    fixed = sum(static.values())  # of a process that has all of it, as this one
+    if options.fsdp:
+        static = {name: math.ceil(nbytes / options.num_devices) for name, nbytes in static.items()}
     parameters = _parameters(sketch.model)
     files, save = file_sizes(sketch, recipe, images), save_size(sketch)
 
@@ -212,7 +215,6 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
     limit = memory_of(run.device) if absent is None else None
     if options.memory_gib is not None:
         limit = int(options.memory_gib * 2**30)
-    fixed = sum(static.values())
     able = MEMORY_SHARE * memory_of(run.device)
     kept: Activations | None = None
     evaluated = bool(samples.source.classes)  # by nearest neighbours, if the run is long enough for that
@@ -347,12 +349,14 @@ def _advice(
         limit = MEMORY_SHARE * memory["limit"]
         if fixed + memory["activations"] > limit:
             pieces = _pieces_that_fit(fixed, kept, on_each, limit)
+            less = "" if options.gradient_checkpointing else ", or --gradient-checkpointing"
+            shards = ", or --fsdp" if options.num_devices > 1 and not options.fsdp else ""
             lines.append(
                 "A step does not fit into the memory. "
                 + (
-                    f"Give --accumulate {pieces}, or a smaller --batch-size."
+                    f"Give --accumulate {pieces}{less}, or a smaller --batch-size."
                     if pieces
-                    else "Not even one picture at once does: give a smaller --size."
+                    else f"Not even one picture at once does: give a smaller --size{less}{shards}."
                 )
             )
     elif kept is None:
@@ -395,5 +399,5 @@ def _advice(
     if options.num_devices > 1:
         lines.append(f"{options.num_devices} devices are counted as sharing without loss; that is not measured.")
     if options.compile and clock["by"] == "measurement":
-        lines.append("Steps were timed without --compile, which makes them faster after some minutes of compiling.")
+        lines.append("Steps were timed without --compile, which makes them faster on most GPUs.")
     return lines
