@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,8 +128,17 @@ def rows_within(
     return rows
 
 
+def _end_with_parent() -> None:
+    """Where the script itself is killed, nothing shall keep the GPU."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _answer(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.setsid()  # so that whatever compiles for it ends with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         connection.send((True, function(*arguments)))
     except Exception as error:  # whatever a compiler or an allocator raises is what the row says
@@ -211,7 +221,7 @@ def read(case: Case, options: Options, device: str, precision: Precision) -> dic
     asked = Bench(
         batch_size=case.batch_size, data=options.data, workers=options.workers, rounds=options.rounds * options.steps
     )
-    return with_data(asked, source, contender, device)
+    return {**with_data(asked, source, contender, device), "name": Path(options.data).name}
 
 
 def with_shares(row: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
@@ -249,7 +259,10 @@ def main(options: Options) -> None:
         peaks["matrix product"] = peak
     record: dict[str, Any] = {
         "command": "python benchmarks/gpu.py",
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()},
+        "options": {
+            **{name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()},
+            "data": options.data and Path(options.data).name,
+        },
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "hardware": hardware(device),
