@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from small import EVERY, build, clips_for, labels_for, small_variant
+from test_finetune import save, tuned
 from test_train import PHOTO_RECIPES, go, photo_recipe, read_save, write_pictures
 
 from unveil import cli
@@ -68,7 +69,8 @@ def together(run: Callable[[int], Any], world: int = 2, refuses: bool = False) -
 
 
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
 
 
 def with_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -95,13 +97,12 @@ def assert_close(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
     """A run of each of PHOTO_RECIPES in one process, which records every step."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("unveil.train.RECORD_SECONDS", -1.0)
     runs = {}
-    for name, recipe in PHOTO_RECIPES.items():
-        runs[name] = tmp_path_factory.mktemp("runs") / name
-        assert go(runs[name], pictures, recipe)["finished"]
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unveil.train.RECORD_SECONDS", -1.0)
+        for name, recipe in PHOTO_RECIPES.items():
+            runs[name] = tmp_path_factory.mktemp("runs") / name
+            assert go(runs[name], pictures, recipe)["finished"]
     return runs
 
 
@@ -268,6 +269,45 @@ def test_other_commands_refuse_several_processes(
         cli.main(["probe", "--run", str(tmp_path), "--data", "digits:test"])
     assert caught.value.code == 2
     assert "torchrun started 2 processes, but only pretrain" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tuned_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pre-trained model, and a fine-tuning of it in one process."""
+    folder = tmp_path_factory.mktemp("tuning")
+    save(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unveil.train.RECORD_SECONDS", -1.0)
+        tuned(folder / "run", folder / "alone", **NOT_BLENDED)
+    return folder / "run", folder / "alone"
+
+
+# MixUp and CutMix blend within a process's part of a batch, and drop path draws for it.
+NOT_BLENDED = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_fine_tune_as_one_does(tmp_path: Path, tuned_alone: tuple[Path, Path], fsdp: bool) -> None:
+    start, alone = tuned_alone
+    first, second = together(lambda rank: tuned(start, tmp_path / "run", fsdp=fsdp, **NOT_BLENDED))
+    assert first["finished"], first
+    assert second == {"rank": 1}
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-4, atol=1e-5)
+    ours, theirs = (safetensors.torch.load_file(out / WEIGHTS) for out in (tmp_path / "run", alone))
+    for name, value in ours.items():
+        torch.testing.assert_close(*(with_gradient(name, x) for x in (value, theirs[name])), rtol=1e-3, atol=1e-3)
+    numbers = [json.loads((out / "evaluation.json").read_text()) for out in (tmp_path / "run", alone)]
+    assert abs(numbers[0]["last"]["score"] - numbers[1]["last"]["score"]) < 1
+
+
+def test_processes_blend_and_drop_apart_from_each_other(tmp_path: Path, tuned_alone: tuple[Path, Path]) -> None:
+    """Pieces of a batch that processes compute at once draw as pieces that one process computes one after another."""
+    start, _ = tuned_alone
+    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2}
+    tuned(start, tmp_path / "pieces", accumulate=2, **drawn)
+    first, _ = together(lambda rank: tuned(start, tmp_path / "run", **drawn))
+    assert first["finished"], first
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "pieces"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

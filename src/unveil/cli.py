@@ -705,7 +705,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = tyro.cli(Command, prog="unveil", description=DESCRIPTION, args=words or ["--help"])  # type: ignore[arg-type]
     run, tell = RUN[type(options)]
     try:
-        Spread().check(isinstance(options, Pretrain | FinetuneGenerator | Generate))
+        Spread().check(isinstance(options, Pretrain | Finetune | FinetuneGenerator | Generate))
         result = run(options)
     except ValueError as error:
         say(f"unveil: {error}")

@@ -32,8 +32,8 @@ class Spread:
         """
         if self.world > 1 and not can_be_spread:
             raise ValueError(
-                f"torchrun started {self.world} processes, but only pretrain, finetune-generator and generate spread their "
-                "work over them. Start this command without torchrun."
+                f"torchrun started {self.world} processes, but only pretrain, finetune, finetune-generator and generate spread "
+                "their work over them. Start this command without torchrun."
             )
 
     def device(self, asked: str | None) -> str:

@@ -259,7 +259,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                     # Gradients of processes are averaged, and those of clips are to be.
                     weight = spread.world * len(clips) / readable if piece.indices[0] >= 0 else 0.0
                     with (
-                        job.randomness(trainer.named(trainer.step), number),
+                        job.randomness(trainer.named(trainer.step), spread.rank * run.accumulate + number),
                         torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
                         _apart(share, number + 1 < len(pieces)),
                     ):

@@ -32,6 +32,7 @@ from unveil.recognizer import (
     tensors_for,
 )
 from unveil.sources import Chosen, check_classes, files_of, trained_on_too
+from unveil.spread import Spread
 from unveil.targets import Truth, chosen_truth, truth_of
 from unveil.train import Progress, run_job
 
@@ -308,10 +309,12 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         )
     training = training_of(options, recipe, len(source))
     training = dataclasses.replace(training, batch_size=min(training.batch_size, len(source)))
-    if (training.mixup or training.cutmix) and training.batch_size < 2 * options.accumulate:
+    world = Spread().world
+    if (training.mixup or training.cutmix) and training.batch_size < 2 * options.accumulate * world:
+        processes = f" over {world} processes" if world > 1 else ""
         raise ValueError(
-            f"--accumulate {options.accumulate} leaves single pictures of a batch of {training.batch_size}, and MixUp and "
-            "CutMix blend two. Use fewer pieces, or --mixup 0 --cutmix 0."
+            f"--accumulate {options.accumulate}{processes} leaves single pictures of a batch of {training.batch_size}, and "
+            "MixUp and CutMix blend two. Use fewer pieces, or --mixup 0 --cutmix 0."
         )
     recognition = Recognition(
         task=options.task,
@@ -349,6 +352,8 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
         test=options.test_data or "a fifth", digest=_digest(source, truth, test, test_truth),
         pieces=options.accumulate if training.mixup or training.cutmix or training.drop_path else None,
     )  # fmt: skip
+    if "rank" in outcome:
+        return outcome
     tuned = ", fine-tuned" if isinstance(model, Recognizer) else ""
     result = {
         **outcome,
