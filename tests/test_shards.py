@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,18 @@ def test_training_on_a_cut_shard_goes_on_and_counts(prepared: Path, tmp_path: Pa
         (lambda p: np.save(p / "shard-000001.npy", np.zeros(10)), "no index of the 10 samples"),
         (lambda p: np.save(p / "shard-000001.npy", np.zeros(9, INDEX)), "no index of the 10 samples"),
         (lambda p: (p / "manifest.json").write_text('{"format": "unveil-shards-1"}'), "is damaged"),
+        (
+            lambda p: (p / "manifest.json").write_text(
+                (p / "manifest.json").read_text().replace('"samples": 10', '"samples": -10')
+            ),
+            "is damaged",
+        ),
+        (
+            lambda p: (p / "manifest.json").write_text(
+                (p / "manifest.json").read_text().replace('"samples": 10', '"samples": 10000000000000000')
+            ),
+            "samples, whose index of 20 bytes each does not fit into the memory",
+        ),
         (lambda p: (p / "manifest.json").write_text('{"format": "unveil-shards-2"}'), "this version reads"),
         (lambda p: (p / "manifest.json").rename(p / "prepare.json"), "is not finished"),
         (
@@ -271,6 +284,26 @@ def test_a_prepared_folder_that_is_not_whole_refuses(
     damage(prepared)
     with pytest.raises(ValueError, match=message):
         open_source(str(prepared), 3)
+
+
+def test_opening_holds_the_index_once(prepared: Path) -> None:
+    """Of a billion samples it is 20 GB; what is read of each shard is gone before the next one."""
+    number = 200_000
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        shard["samples"] = number
+        np.save((prepared / shard["name"]).with_suffix(".npy"), np.zeros(number, INDEX))
+    (prepared / "manifest.json").write_text(json.dumps({**manifest, "samples": 4 * number}))
+    tracemalloc.start()
+    try:
+        source = shards(prepared)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 4 * number
+    whole = 4 * number * INDEX.itemsize
+    assert whole <= held < 1.05 * whole
+    assert most < 1.8 * whole  # with one shard of the four being read
 
 
 def test_a_shard_in_the_place_of_another_refuses(prepared: Path) -> None:

@@ -24,20 +24,25 @@ class Contender(Protocol):
     name: str
     recipe: Recipe  # whose arithmetic counts
 
-    def step(self, pictures: Tensor) -> dict[str, float]:
-        """One whole step on pictures (B, C, H, W) on the device; seconds of its stages, those that it can tell."""
+    def step(self, pictures: Tensor, wait: bool = True) -> dict[str, float]:
+        """One whole step on pictures (B, C, H, W) on the device; seconds of its stages, those that it can tell.
+
+        Args:
+            wait: for the device at the end of each stage. Without, as in training, it may still be at work when this returns,
+                and the seconds are those of the host.
+        """
         ...
 
 
 class Clock:
-    """Seconds between the ends of stages, the device's work included."""
+    """Seconds between the ends of stages, the device's work included if it is waited for."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, dict[str, float]()
+    def __init__(self, device: str, wait: bool) -> None:
+        self.device, self.wait, self.seconds = device, wait, dict[str, float]()
         self._last = self._now()
 
     def _now(self) -> float:
-        if self.device.startswith("cuda"):
+        if self.wait and self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -66,8 +71,8 @@ class Ours:
             raise ValueError(f"--compile, but this machine cannot compile: {reason}. Drop it.")
         self.count = 0
 
-    def step(self, pictures: Tensor) -> dict[str, float]:
-        clock = Clock(self.device)
+    def step(self, pictures: Tensor, wait: bool = True) -> dict[str, float]:
+        clock = Clock(self.device, wait)
         hook = self.model.encoder.register_forward_hook(lambda *_: clock.end("encoder"))
         drawn = draw(self.recipe, self.model.schedule, 0, self.count, range(len(pictures))).to(self.device)
         clock.end("draw")
@@ -95,8 +100,8 @@ class HuggingFace:
         self.optimizer = optimizer_for(model, recipe.training)
         self.model: Callable[..., Any] = torch.compile(model) if compile else model
 
-    def step(self, pictures: Tensor) -> dict[str, float]:
-        clock = Clock(self.device)
+    def step(self, pictures: Tensor, wait: bool = True) -> dict[str, float]:
+        clock = Clock(self.device, wait)
         with _autocast(self.device, self.precision):
             loss = self.model(pictures).loss
         clock.end("rest of forward")

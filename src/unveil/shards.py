@@ -41,7 +41,8 @@ class Shards:
         name: str,
         root: Path,
         paths: Sequence[str],
-        parts: Sequence[np.ndarray],
+        index: np.ndarray,
+        counts: Sequence[int],
         keys: Sequence[np.ndarray] | None,
         classes: tuple[str, ...] | None,
         skipped: list[Skipped],
@@ -52,14 +53,15 @@ class Shards:
         """
         Args:
             paths: of the shards, below root.
-            parts: the samples of each shard, arrays of INDEX.
+            index: the samples of all shards, of INDEX.
+            counts: how many each shard has.
             keys: of each shard's samples, bytes; None if numbers of nine digits are their keys.
         """
         self.name, self.root, self.paths = name, root, tuple(paths)
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.starts = np.cumsum([0, *counts])
         self.classes, self.skipped = classes, skipped
         self.channels, self.height, self.width = channels, height, width
-        self._index, self._keys = np.concatenate(parts), keys
+        self._index, self._keys = index, keys
         self._patience = Patience()
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by shard, the last one used at the end
 
@@ -173,6 +175,14 @@ def open_prepared(
         counts = [int(shard["samples"]) for shard in manifest["shards"]]
         lengths = [int(shard["bytes"]) for shard in manifest["shards"]]
         classes = manifest["classes"] and tuple(str(label) for label in manifest["classes"])
+        index = np.empty(
+            sum(counts), INDEX
+        )  # filled in place: in pieces first, a billion samples took 40 GB and not 20
+    except MemoryError:
+        raise ValueError(
+            f"{name!r} has {sum(counts):,} samples, whose index of {INDEX.itemsize} bytes each does not fit into the memory. "
+            "Use a larger machine, or fewer shards."
+        ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{root / MANIFEST} is damaged ({error!r}). Prepare the pictures again.") from None
     missing = [shard for shard in names if Path(shard).name != shard or not (root / shard).is_file()]
@@ -186,7 +196,7 @@ def open_prepared(
         raise ValueError(
             f"{root / longer[0]} is longer than {MANIFEST} says, so it is another file. Copy {name!r} again."
         )
-    parts = []
+    first = 0
     for shard, count in zip(names, counts, strict=True):
         path = (root / shard).with_suffix(".npy")
         try:
@@ -199,8 +209,9 @@ def open_prepared(
             raise ValueError(
                 f"{path} has a class {int(part['label'].max())}, and {MANIFEST} names {len(classes)}. Copy it again."
             )
-        parts.append(part)
-    return Shards(name, root, names, parts, None, classes or None, [], channels, height, width)
+        index[first : first + count] = part
+        first += count
+    return Shards(name, root, names, index, counts, None, classes or None, [], channels, height, width)
 
 
 # Foreign ones
@@ -316,4 +327,5 @@ def open_foreign(
         raise ValueError(f"{name!r} holds no picture. A shard has members such as 000123.jpg and 000123.cls.")
     highest = max(int(part["label"].max()) for part in parts)
     classes = tuple(str(label) for label in range(highest + 1)) if labelled else None
-    return Shards(name, root, shards, parts, keys, classes, skipped, channels, height, width)
+    counts = [len(part) for part in parts]
+    return Shards(name, root, shards, np.concatenate(parts), counts, keys, classes, skipped, channels, height, width)

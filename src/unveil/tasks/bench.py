@@ -121,11 +121,11 @@ def bench(options: Bench, on_progress: Callable[[int, int], None] | None = None)
     ]
     data = None
     if source is not None:
-        data = _with_data(options, source, next(c for c in contenders if isinstance(c, Ours)), device)
+        data = with_data(options, source, next(c for c in contenders if isinstance(c, Ours)), device)
     record = {
         "command": "unveil bench " + " ".join(_words(options)),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "versions": {"unveil": __version__, "torch": torch.__version__, **_version("transformers", options.beside)},
@@ -256,7 +256,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _with_data(options: Bench, source: Source, contender: Ours, device: str) -> dict[str, Any]:
+def with_data(options: Bench, source: Source, contender: Ours, device: str) -> dict[str, Any]:
     """How fast a source is read by itself, and how long steps wait for it."""
     recipe = contender.recipe
     workers = min(options.workers if options.workers is not None else torch.get_num_threads(), len(source))
@@ -335,7 +335,7 @@ def hardware(device: str) -> str:
     return f"{found.group(1)}, {os.cpu_count()} cores" if found else platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the source that runs, if it is a checkout."""
     where = Path(__file__).resolve().parent
     words = ["git", "-C", str(where), "rev-parse", "HEAD"]
