@@ -30,7 +30,7 @@ class PretrainingJob:
     """
 
     def __init__(self, recipe: Recipe, samples: Samples, run: Run, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.recipe, self.seed, self.training = recipe, run.seed, recipe.training
+        self.recipe, self.run, self.training = recipe, run, recipe.training
         self._check_branches(min(recipe.training.batch_size, len(samples)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -72,12 +72,13 @@ class PretrainingJob:
         drawn = draw(
             self.recipe,
             self.model.schedule,
-            self.seed,
+            self.run.seed,
             epoch,
             batch.indices.tolist(),
             places=places,
             labels=batch.labels,
             every_branch=everything,
+            device=self.run.device,
         )
         return batch.clips, drawn
 

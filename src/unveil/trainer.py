@@ -445,7 +445,7 @@ class Trainer:
             self.spread.rank,
             self.samples,
             lambda path: self.job.save(path, weights, about),
-            {"seed": self.run.seed, "precision": self.run.precision},
+            {"seed": self.run.seed, "precision": self.run.precision, "device": self.run.device},
         )
 
     def note(self, batch: Batch) -> None:

@@ -101,7 +101,7 @@ def write_bundle(
     Args:
         rank: of the process, of which each keeps its part of the batch, and the first the model.
         save_model: writes the weights, which the step left as they were, to a path.
-        facts: the run's seed and precision, for a replay.
+        facts: the run's seed, precision and device, for a replay.
     """
     folder = out / BUNDLES / f"step-{step.number:09d}"
     folder.mkdir(parents=True, exist_ok=True)
