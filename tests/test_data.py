@@ -27,6 +27,7 @@ from unveil.data import (
     collate,
     decoded_bytes,
     open_source,
+    to_clips,
 )
 from unveil.transforms import augment, fit
 
@@ -711,9 +712,8 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
     samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)
     batch = collate([samples[0, index, index] for index in (1, 2, 3)])
     assert batch.indices.tolist() == [1, 3]
-    assert batch.clips is not None
-    assert batch.clips.shape == (2, 3, 1, 8, 8)
-    assert torch.equal(batch.clips[1], clip_of(samples, 0, 3))
+    assert batch.clips().shape == (2, 3, 1, 8, 8)
+    assert torch.equal(batch.clips()[1], clip_of(samples, 0, 3))
     assert batch.labels.tolist() == [-1, -1]
     assert batch.problems == [Skipped("2.png", "not a picture that Pillow can read")]
     assert [note for _, note in batch.notes] == ["grey repeated"] * 2
@@ -721,9 +721,37 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
 
 def test_a_batch_of_bad_pictures_has_no_clips(mixed: Path) -> None:
     batch = collate([Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)[0, 2, 2]])
-    assert batch.clips is None
+    assert batch.values is None
     assert len(batch.indices) == len(batch.labels) == 0
     assert len(batch.problems) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bytes_stay_bytes_until_they_are_clips(mixed: Path, num_workers: int) -> None:
+    """A quarter of what is sent to a device; and a picture of 16 bits among them makes its batch one of numbers."""
+    samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, training())
+    (batch,) = batches(samples, 6, 0, 0, False, False, num_workers)
+    assert isinstance(batch, Batch)
+    assert batch.values is not None
+    assert (batch.values.dtype, batch.values.shape) == (torch.uint8, (5, 1, 3, 8, 8))
+    assert torch.equal(batch.clips(), batch.values.transpose(1, 2).float() / 255)
+    halves = batch.pieces(2)
+    assert all(half.values is not None and half.values.dtype == torch.uint8 for half in halves)
+    assert torch.equal(torch.cat([half.clips() for half in halves]), batch.clips())
+
+    write(mixed / "2.png", encoded(RNG.integers(0, 2**16, (9, 9), dtype=np.uint16)))
+    samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, training())
+    (other,) = batches(samples, 6, 0, 0, False, False, num_workers)
+    assert other.values.dtype == torch.float32
+    assert torch.equal(other.clips()[[0, 1, 3, 4, 5]], batch.clips())
+    assert torch.equal(other.clips()[2], clip_of(samples, 0, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
+def test_a_gpu_makes_the_same_clips_of_bytes() -> None:
+    """Bit for bit, which its division by a number is not."""
+    values = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 4, 256)
+    assert torch.equal(to_clips(values, "cuda").cpu(), to_clips(values))
 
 
 def test_decoded_bytes_counts_the_readable_ones(mixed: Path) -> None:
@@ -745,9 +773,7 @@ def test_workers_do_not_change_the_batches(mixed: Path) -> None:
         assert [len(p) for p in passes] == [3, 3]
         for alone, worker in zip(*passes, strict=True):
             assert torch.equal(alone.indices, worker.indices)
-            assert alone.clips is not None
-            assert worker.clips is not None
-            assert torch.equal(alone.clips, worker.clips)
+            assert torch.equal(alone.clips(), worker.clips())
             assert torch.equal(alone.labels, worker.labels)
             assert alone.problems == worker.problems
         orders.append(torch.cat([batch.indices for batch in passes[0]]).tolist())
@@ -760,7 +786,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     seen: list[dict[int, Tensor]] = []
     for batch_size in (7, 64):
         loader = batches(samples, batch_size, epoch=3, seed=0, shuffle=True, drop_last=False, num_workers=0)
-        pairs = [(int(i), c) for batch in loader for i, c in zip(batch.indices, batch.clips, strict=True)]
+        pairs = [(int(i), c) for batch in loader for i, c in zip(batch.indices, batch.clips(), strict=True)]
         seen.append(dict(pairs))
         assert len(pairs) == len(seen[-1]) == 360
     for index, one in seen[0].items():
@@ -852,7 +878,7 @@ def test_processes_read_what_one_reads_with_any_number_of_workers(num_workers: i
     alone = load(0, 1, 0)
     halves = [load(rank, 2, num_workers) for rank in range(2)]
     for batch, first, second in zip(alone, *halves, strict=True):
-        for name in ("indices", "places", "clips", "labels"):
+        for name in ("indices", "places", "values", "labels"):
             assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(batch, name))
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from unveil import draws
 from unveil.config import Clip, Training
 from unveil.finetuning import FineTuning
+from unveil.hardware import onto
 from unveil.shards import Shards
 from unveil.sources import BadPicture, Picture, Skipped, Source, open_source
 from unveil.transforms import augment, erase, fit
@@ -38,6 +39,7 @@ __all__ = [
     "collate",
     "decoded_bytes",
     "open_source",
+    "to_clips",
 ]
 
 
@@ -64,32 +66,36 @@ class Sample:
     @property
     def clip(self) -> Tensor | None:
         """(C, T, H, W), float32 in [0, 1]."""
-        return None if self.values is None else _to_clips(self.values[None])[0]
+        return None if self.values is None else to_clips(self.values[None])[0]
 
 
 class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     """The readable samples of a batch, and what happened to the others.
 
-    indices, places: of the samples, and theirs in the epoch's order, (B,), int64. clips: (B, C, T, H, W), float32 in
-    [0, 1]; None if no sample was readable. labels: (B,), int64, -1 where there is none. problems: the unreadable ones.
-    notes: (index, what was converted) of the readable ones that needed it.
+    indices, places: of the samples, and theirs in the epoch's order, (B,), int64. values: (B, T, C, H, W), uint8, or float32
+    in [0, 1] if one of the samples is not of bytes; None if no sample was readable. labels: (B,), int64, -1 where there is
+    none. problems: the unreadable ones. notes: (index, what was converted) of the readable ones that needed it.
     """
 
     indices: Tensor
     places: Tensor
-    clips: Tensor | None
+    values: Tensor | None
     labels: Tensor
     problems: list[Skipped]
     notes: list[tuple[int, str]]
 
+    def clips(self, device: torch.device | str = "cpu") -> Tensor:
+        """The readable samples on a device, (B, C, T, H, W), float32 in [0, 1]: the same on every one. There must be some."""
+        assert self.values is not None
+        return to_clips(self.values, device)
+
     def pieces(self, number: int) -> "list[Batch]":
         """The readable samples in so many parts of about equal size, or one for each sample if there are fewer."""
-        if self.clips is None:
+        if self.values is None:
             return []
-        number = min(number, len(self.clips))
-        indices, places, labels = (values.chunk(number) for values in (self.indices, self.places, self.labels))
-        parts = zip(indices, places, self.clips.chunk(number), labels, strict=True)
-        return [Batch(index, place, clips, label, [], []) for index, place, clips, label in parts]
+        number = min(number, len(self.values))
+        parts = zip(*(x.chunk(number) for x in (self.indices, self.places, self.values, self.labels)), strict=True)
+        return [Batch(index, place, values, label, [], []) for index, place, values, label in parts]
 
 
 def check_pixels(data: str, clip: Clip) -> None:
@@ -178,22 +184,25 @@ class Samples(Dataset[Sample]):
         )
         if strong and strong.erase:
             mean, std = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in (self.clip.mean, self.clip.std))
-            clip = _to_clips(values[None])[0]
+            clip = to_clips(values[None])[0]
             values = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase")).transpose(0, 1)
         return Sample(index, place, values, label, note=picture.note)
 
 
-def _to_clips(values: Tensor) -> Tensor:
-    """(B, T, C, H, W), uint8 or in [0, 1], to (B, C, T, H, W), float32 in [0, 1]."""
-    values = values.transpose(1, 2).contiguous()
-    return values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+def to_clips(values: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Values of samples, (B, T, C, H, W), uint8 or in [0, 1], as clips on a device, (B, C, T, H, W), float32 in [0, 1]."""
+    values = onto(device, values).transpose(1, 2).contiguous()
+    if values.dtype != torch.uint8:
+        return values.float()
+    # By a tensor of the device: by a number a GPU divides as it multiplies, by 1 / 255, which is rounded.
+    return values.float().div_(torch.full((), 255.0, device=values.device))
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    """Clips of samples (T, C, H, W) as (B, C, T, H, W): bytes are stacked as bytes, and become numbers once, all together."""
-    if all(each.dtype == torch.uint8 for each in values):
-        return _to_clips(torch.stack(values))
-    return torch.cat([_to_clips(each[None]) for each in values])
+    """(T, C, H, W) of each sample as (B, T, C, H, W): as bytes, a quarter of the memory, if all of them are."""
+    if any(each.dtype != torch.uint8 for each in values):
+        values = [to_clips(each[None])[0].transpose(0, 1) for each in values]
+    return torch.stack(values)
 
 
 def decoded_bytes(source: Source, num_tried: int = 16) -> int:
@@ -213,7 +222,7 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(
         indices=torch.tensor([sample.index for sample in good], dtype=torch.int64),
         places=torch.tensor([sample.place for sample in good], dtype=torch.int64),
-        clips=_stack([sample.values for sample in good if sample.values is not None]) if good else None,
+        values=_stack([sample.values for sample in good if sample.values is not None]) if good else None,
         labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
         problems=[sample.problem for sample in samples if sample.problem is not None],
         notes=[(sample.index, sample.note) for sample in good if sample.note is not None],

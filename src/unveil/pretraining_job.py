@@ -68,7 +68,6 @@ class PretrainingJob:
         return len(self.recipe.branches) == 1 and (decoder is None or decoder.mask_token is None or masks_some)
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Draws]:
-        assert batch.clips is not None
         drawn = draw(
             self.recipe,
             self.model.schedule,
@@ -80,7 +79,7 @@ class PretrainingJob:
             every_branch=everything,
             device=self.run.device,
         )
-        return batch.clips, drawn
+        return batch.clips(self.run.device), drawn
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
         return self.training.lr * lr_factor(step, num_steps, warmup_steps, self.training.lr_schedule)

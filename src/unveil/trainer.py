@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, read_header, write_atomically
 from unveil.config import Training
-from unveil.data import BadPicture, Batch, Order, Samples, batches
+from unveil.data import BadPicture, Batch, Order, Samples, batches, to_clips
 from unveil.layers import blocks_of
 from unveil.optim import adam_state, running_average
 from unveil.report import save_png
@@ -62,7 +62,7 @@ class Job(Protocol):
         ...
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Any]:
-        """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order.
+        """Clips, and what a step draws for them, on the run's device; places are theirs in the epoch's order.
 
         everything: whether every module has to be called, by a clip that counts nothing if need be.
         """
@@ -168,8 +168,7 @@ class Trainer:
         self.model.train()
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Clips, and what the current step draws for them."""
-        assert batch.clips is not None
+        """Clips, and what the current step draws for them, on the run's device."""
         epoch = self.named(self.step // self.steps_per_epoch)
         return self.job.inputs(batch, epoch, batch.places.tolist(), everything=self.in_shards)
 
@@ -196,9 +195,9 @@ class Trainer:
     def stand_in(self) -> Batch:
         """A clip that counts nothing, whose number is -1: for a process that has none while others do."""
         clip = self.samples.clip
-        clips = torch.zeros(1, clip.channels, clip.frames, clip.height, clip.width)
+        values = torch.zeros(1, clip.frames, clip.channels, clip.height, clip.width)
         zero = torch.zeros(1, dtype=torch.int64)
-        return Batch(zero - 1, zero, clips, zero - 1, [], [])
+        return Batch(zero - 1, zero, values, zero - 1, [], [])
 
     def is_lost(self) -> bool:
         """Whether not even what was read before can be read now."""
@@ -452,10 +451,11 @@ class Trainer:
         for problem in batch.problems:
             self.problems.setdefault(problem.where, problem.reason)
         self.notes.update(batch.notes)
-        if batch.clips is not None:
+        if batch.values is not None:
             self.read_before = int(batch.indices[-1])
             if self.problems:  # what was unreadable while its disk was away is no problem any more
                 for index in batch.indices.tolist():
                     self.problems.pop(self.samples.source.where(index), None)
-        if self.sheet_clips is None and batch.clips is not None:
-            self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
+        if self.sheet_clips is None and batch.values is not None:
+            some = batch.values[: max(2, SHEET_SAMPLES // batch.values.shape[1])]
+            self.sheet_clips = to_clips(some, self.run.device)

@@ -108,10 +108,10 @@ def write_bundle(
     if rank == 0:
         save_model(folder / WEIGHTS)
     batch = collate([samples[key] for key in step.keys])
-    if batch.clips is None:  # it could be read a second ago
+    if batch.values is None:  # it could be read a second ago
         return
     tensors = {
-        "clips": batch.clips.contiguous(),
+        "clips": batch.clips(),
         "labels": batch.labels,
         "indices": batch.indices,
         "places": batch.places,
