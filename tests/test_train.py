@@ -305,13 +305,14 @@ def go(
     on_progress: Any = None,
     cache: bool = True,
     initial: Any = None,
+    crop_later: bool = False,
     **run: Any,
 ) -> dict[str, Any]:
     recipe = recipe or photo_recipe()
     clip = recipe.clip
     source = open_source(str(data), clip.channels, clip.frames, clip.height, clip.width)
     workers = run.get("workers", 0)
-    samples = Samples(source, clip, run.get("seed", 0), recipe.training, cache=cache and workers == 0)
+    samples = Samples(source, clip, run.get("seed", 0), recipe.training, cache and workers == 0, crop_later)
     return train(recipe, samples, Run(**{"data": str(data), "out": out, **run}), on_progress, initial)
 
 
@@ -717,9 +718,8 @@ def test_draws_for_a_device_are_those_of_each_samples_own_generators(variant: st
         assert after is before, name
 
 
-@pytest.mark.parametrize("recipe", ["diffmae", "mae"])
 def test_a_step_is_drawn_on_the_device_that_it_is_computed_on(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -728,8 +728,29 @@ def test_a_step_is_drawn_on_the_device_that_it_is_computed_on(
         return draw(*arguments, device=device, **named)
 
     monkeypatch.setattr(job_module, "draw", watched)
-    go(tmp_path / "run", pictures, photo_recipe(recipe, epochs=1), device="cpu:0")
+    go(tmp_path / "run", pictures, photo_recipe(epochs=1), device="cpu:0")
     assert set(asked) == {"cpu:0"}
+
+
+def test_a_run_whose_crops_are_cut_together_goes_on_to_the_same_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learns what it learns from crops that are cut one by one."""
+    (tmp_path / "data").mkdir()
+    for index in range(12):
+        values = np.random.default_rng(index).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / "data" / f"{index}.png")
+    runs = {name: tmp_path / name for name in ("whole", "resumed", "one by one")}
+    how: dict[str, Any] = {"recipe": photo_recipe(epochs=2), "accumulate": 2}
+    whole = go(runs["whole"], tmp_path / "data", crop_later=True, **how)
+    single = go(runs["one by one"], tmp_path / "data", **how)
+    at_step(monkeypatch, {8: terminate})
+    assert not go(runs["resumed"], tmp_path / "data", crop_later=True, **how)["finished"]
+    assert go(runs["resumed"], tmp_path / "data", crop_later=True, **how)["finished"]
+    weights = {name: safetensors.torch.load_file(out / WEIGHTS) for name, out in runs.items()}
+    for name, value in weights["whole"].items():
+        assert torch.equal(value, weights["resumed"][name]), name
+    assert whole["loss"] == pytest.approx(single["loss"], rel=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unveil.checkpoint import BEST, LAST, WEIGHTS, About, read_header, write_atomically
 from unveil.config import Training
-from unveil.data import BadPicture, Batch, Order, Samples, batches, to_clips
+from unveil.data import BadPicture, Batch, Order, Samples, batches
 from unveil.layers import blocks_of
 from unveil.optim import adam_state, running_average
 from unveil.report import save_png
@@ -457,5 +457,5 @@ class Trainer:
                 for index in batch.indices.tolist():
                     self.problems.pop(self.samples.source.where(index), None)
         if self.sheet_clips is None and batch.values is not None:
-            some = batch.values[: max(2, SHEET_SAMPLES // batch.values.shape[1])]
-            self.sheet_clips = to_clips(some, self.run.device)
+            some = batch.part(0, max(2, SHEET_SAMPLES // batch.values.shape[1]))
+            self.sheet_clips = some.clips(self.run.device)

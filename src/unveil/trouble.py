@@ -111,7 +111,7 @@ def write_bundle(
     if batch.values is None:  # it could be read a second ago
         return
     tensors = {
-        "clips": batch.clips(),
+        "clips": batch.clips(facts["device"]).cpu(),
         "labels": batch.labels,
         "indices": batch.indices,
         "places": batch.places,
