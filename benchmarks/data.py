@@ -107,7 +107,7 @@ def endless(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def shape_of(batch: Any) -> tuple[int, ...]:
     """(B, 3, H, W) of either kind of batch."""
-    clips = batch[0] if isinstance(batch, list) else batch.clips[:, :, 0]
+    clips = batch[0] if isinstance(batch, list) else batch.clips()[:, :, 0]
     assert clips.dtype == torch.float32
     return tuple(clips.shape)
 

@@ -82,8 +82,7 @@ def main(options: Options) -> None:
     model, _ = load_model(options.out)
     source = open_source(options.test, 3)
     samples = Samples(source, model.recipe.clip, seed=0, training=None)
-    clips = next(iter(batches(samples, 256, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips
-    assert clips is not None
+    clips = next(iter(batches(samples, 256, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips()
     for mask in MASKS:
         holes = named_holes(model.recipe.clip, mask, list(range(len(clips))), seed=0)
         filled = telea(clips, holes)

@@ -115,8 +115,7 @@ def main() -> None:
     }
     source = open_source("digits:test", 1)
     samples = Samples(source, model.recipe.clip, seed=0, training=None)
-    clips = next(iter(batches(samples, 360, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips
-    assert clips is not None
+    clips = next(iter(batches(samples, 360, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips()
     holes = named_holes(model.recipe.clip, "random:0.75", list(range(len(clips))), seed=0)
     rhos, rho_mae = loss_towards_mae(model, clips)
     gap = {

@@ -1,5 +1,6 @@
 """Every kind of picture and every kind of bad one; samples that depend on their number alone."""
 
+import dataclasses
 import io
 import json
 import os
@@ -27,8 +28,10 @@ from unveil.data import (
     collate,
     decoded_bytes,
     open_source,
+    to_clips,
 )
-from unveil.transforms import augment, fit
+from unveil.finetuning import FineTuning
+from unveil.transforms import augment, cut, cut_together, draw_crop, fit
 
 RNG = np.random.default_rng(0)
 
@@ -711,9 +714,8 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
     samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)
     batch = collate([samples[0, index, index] for index in (1, 2, 3)])
     assert batch.indices.tolist() == [1, 3]
-    assert batch.clips is not None
-    assert batch.clips.shape == (2, 3, 1, 8, 8)
-    assert torch.equal(batch.clips[1], clip_of(samples, 0, 3))
+    assert batch.clips().shape == (2, 3, 1, 8, 8)
+    assert torch.equal(batch.clips()[1], clip_of(samples, 0, 3))
     assert batch.labels.tolist() == [-1, -1]
     assert batch.problems == [Skipped("2.png", "not a picture that Pillow can read")]
     assert [note for _, note in batch.notes] == ["grey repeated"] * 2
@@ -721,9 +723,126 @@ def test_a_bad_picture_leaves_its_batch_and_is_reported(mixed: Path) -> None:
 
 def test_a_batch_of_bad_pictures_has_no_clips(mixed: Path) -> None:
     batch = collate([Samples(open_source(str(mixed), 3), clip(channels=3), 0, None)[0, 2, 2]])
-    assert batch.clips is None
+    assert batch.values is None
     assert len(batch.indices) == len(batch.labels) == 0
     assert len(batch.problems) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bytes_stay_bytes_until_they_are_clips(mixed: Path, num_workers: int) -> None:
+    """A quarter of what is sent to a device; and a picture of 16 bits among them makes its batch one of numbers."""
+    samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, training())
+    (batch,) = batches(samples, 6, 0, 0, False, False, num_workers)
+    assert isinstance(batch, Batch)
+    assert batch.values is not None
+    assert (batch.values.dtype, batch.values.shape) == (torch.uint8, (5, 1, 3, 8, 8))
+    assert torch.equal(batch.clips(), batch.values.transpose(1, 2).float() / 255)
+    halves = batch.pieces(2)
+    assert all(half.values is not None and half.values.dtype == torch.uint8 for half in halves)
+    assert torch.equal(torch.cat([half.clips() for half in halves]), batch.clips())
+
+    write(mixed / "2.png", encoded(RNG.integers(0, 2**16, (9, 9), dtype=np.uint16)))
+    samples = Samples(open_source(str(mixed), 3), clip(channels=3), 0, training())
+    (other,) = batches(samples, 6, 0, 0, False, False, num_workers)
+    assert other.values.dtype == torch.float32
+    assert torch.equal(other.clips()[[0, 1, 3, 4, 5]], batch.clips())
+    assert torch.equal(other.clips()[2], clip_of(samples, 0, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
+def test_a_gpu_makes_the_same_clips_of_bytes() -> None:
+    """Bit for bit, which its division by a number is not."""
+    values = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 4, 256)
+    assert torch.equal(to_clips(values, "cuda").cpu(), to_clips(values))
+
+
+# Crops that are cut together
+
+
+def assert_levels(cut: Tensor, expected: Tensor) -> None:
+    """Bytes that are the same but for a level, or two, where a sum lies next to the middle of two levels."""
+    assert cut.shape == expected.shape
+    apart = (cut.float() - expected.float()).abs()
+    assert apart.max() <= 2
+    assert (apart > 1).float().mean() < 1e-4
+    assert (apart > 0).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
+@pytest.mark.parametrize("picture, size", [((32, 32), (32, 32)), ((48, 40), (16, 24)), ((9, 20), (32, 32))])
+def test_crops_are_cut_together_as_one_by_one(kind: str, picture: tuple[int, int], size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (64, 2, 3, *picture), dtype=torch.uint8, generator=generator)
+    if kind == "black and white":  # whose edges overshoot
+        pictures = (pictures > 127).to(torch.uint8) * 255
+    if kind == "smooth":
+        pictures[:] = torch.linspace(0, 255, picture[1]).to(torch.uint8)
+    crops = [draw_crop(one, *size, 0.1, True, seed) for seed, one in enumerate(pictures)]
+    expected = torch.stack([cut(one, crop, *size) for one, crop in zip(pictures, crops, strict=True)])
+    assert 10 < sum(crop.mirrored for crop in crops) < 54
+    assert_levels(cut_together(pictures, torch.tensor(crops), *size), expected)
+    for seed in range(8):
+        assert torch.equal(augment(pictures[seed], *size, 0.1, True, seed), expected[seed])
+
+
+def test_a_crop_of_a_whole_picture_is_the_picture() -> None:
+    pictures = torch.randint(0, 256, (2, 1, 3, 12, 16), dtype=torch.uint8)
+    crops = torch.tensor([(0, 0, 12, 16, False), (0, 0, 12, 16, True)])
+    assert torch.equal(cut_together(pictures, crops, 12, 16), torch.stack([pictures[0], pictures[1].flip(-1)]))
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    for index in range(6):
+        write(tmp_path / f"{index}.png", encoded(colours()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_whose_crops_are_left_to_them_have_the_same_clips(alike: Path, num_workers: int) -> None:
+    source = open_source(str(alike), 3)
+    later, now = (Samples(source, clip(channels=3), 0, training(), crop_later=x) for x in (True, False))
+    (batch,), (expected,) = (batches(samples, 6, 3, 0, True, False, num_workers) for samples in (later, now))
+    assert isinstance(batch, Batch)
+    assert batch.values is not None
+    assert batch.crops is not None
+    assert batch.values.shape == (6, 1, 3, 12, 16)
+    assert_levels((255 * batch.clips()).round(), (255 * expected.clips()).round())
+    pieces = batch.pieces(4)
+    assert [len(piece.indices) for piece in pieces] == [2, 2, 2]
+    assert torch.equal(torch.cat([piece.clips() for piece in pieces]), batch.clips())
+    for row, key in enumerate(zip(batch.places.tolist(), batch.indices.tolist(), strict=True)):
+        assert torch.equal(later[3, *key].clip, expected.clips()[row])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["sizes", "16 bits", "large", "evaluation", "no crop", "fine-tuning"])
+def test_what_cannot_be_cut_together_is_cut_as_ever(alike: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "sizes":
+        write(alike / "2.png", encoded(colours(13, 16)))
+    if what == "16 bits":
+        write(alike / "2.png", encoded(RNG.integers(0, 2**16, (12, 16), dtype=np.uint16)))
+    if what == "large":
+        monkeypatch.setattr("unveil.data.SMALL", 12 * 16 - 1)
+    how = {
+        "evaluation": None,
+        "no crop": dataclasses.replace(training(), crop_scale=1.0),
+        "fine-tuning": FineTuning(**dataclasses.asdict(training())),
+    }
+    source = open_source(str(alike), 3)
+    later, now = (Samples(source, clip(channels=3), 0, how.get(what, training()), crop_later=x) for x in (True, False))
+    (batch,), (expected,) = (batches(samples, 6, 3, 0, True, False, 0) for samples in (later, now))
+    assert isinstance(batch, Batch)
+    assert batch.crops is None
+    assert torch.equal(batch.clips(), expected.clips())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
+def test_a_gpu_cuts_as_a_cpu() -> None:
+    pictures = torch.randint(0, 256, (64, 1, 3, 32, 32), dtype=torch.uint8)
+    crops = torch.tensor([draw_crop(one, 32, 32, 0.2, True, seed) for seed, one in enumerate(pictures)])
+    on_gpu = [cut_together(pictures.cuda(), crops.cuda(), 32, 32).cpu() for _ in range(2)]
+    assert torch.equal(*on_gpu)
+    assert_levels(on_gpu[0], cut_together(pictures, crops, 32, 32))
 
 
 def test_decoded_bytes_counts_the_readable_ones(mixed: Path) -> None:
@@ -745,9 +864,7 @@ def test_workers_do_not_change_the_batches(mixed: Path) -> None:
         assert [len(p) for p in passes] == [3, 3]
         for alone, worker in zip(*passes, strict=True):
             assert torch.equal(alone.indices, worker.indices)
-            assert alone.clips is not None
-            assert worker.clips is not None
-            assert torch.equal(alone.clips, worker.clips)
+            assert torch.equal(alone.clips(), worker.clips())
             assert torch.equal(alone.labels, worker.labels)
             assert alone.problems == worker.problems
         orders.append(torch.cat([batch.indices for batch in passes[0]]).tolist())
@@ -760,7 +877,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     seen: list[dict[int, Tensor]] = []
     for batch_size in (7, 64):
         loader = batches(samples, batch_size, epoch=3, seed=0, shuffle=True, drop_last=False, num_workers=0)
-        pairs = [(int(i), c) for batch in loader for i, c in zip(batch.indices, batch.clips, strict=True)]
+        pairs = [(int(i), c) for batch in loader for i, c in zip(batch.indices, batch.clips(), strict=True)]
         seen.append(dict(pairs))
         assert len(pairs) == len(seen[-1]) == 360
     for index, one in seen[0].items():
@@ -852,7 +969,7 @@ def test_processes_read_what_one_reads_with_any_number_of_workers(num_workers: i
     alone = load(0, 1, 0)
     halves = [load(rank, 2, num_workers) for rank in range(2)]
     for batch, first, second in zip(alone, *halves, strict=True):
-        for name in ("indices", "places", "clips", "labels"):
+        for name in ("indices", "places", "values", "labels"):
             assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(batch, name))
 
 

@@ -258,6 +258,22 @@ def test_pictures_are_kept_in_memory_only_if_they_fit(tmp_path: Path, monkeypatc
     assert (samples.cache, run.workers) == (False, torch.get_num_threads())
 
 
+def test_crops_are_left_to_a_gpu_if_the_pictures_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by the command alone: a CPU is slower at it, and workers have time of their own."""
+    monkeypatch.setattr(planning.Spread, "device", lambda _, wanted: wanted)
+    recipe, source = recipes.generator(small("dit", **DIGIT), 10), open_source("digits:test", 1)
+    for device, workers, limit, expected in (
+        ("cuda", None, 2**31, True), ("cuda:1", 0, 2**31, True), ("cpu", None, 2**31, False), ("cuda", 1, 2**31, False),
+        ("cuda", None, 100, False), ("cuda", 0, 100, False),
+    ):  # fmt: skip
+        options = FinetuneGenerator(
+            run=tmp_path, data="digits:test", out=tmp_path / "o", device=device, workers=workers
+        )
+        monkeypatch.setattr(planning, "CACHE_LIMIT", limit)
+        _, samples, run = prepare(recipe, source, options)
+        assert (samples.crop_later, run.device) == (expected, device)
+
+
 # Going on
 
 

@@ -155,8 +155,7 @@ def test_what_is_saved_is_counted_once_and_without_the_weights() -> None:
 
     trainer.job.objective = Known()  # type: ignore[misc]
     batch = a_batch([asked.samples[0, i, i] for i in range(3)], [0, 1, 2])
-    assert batch.clips is not None
-    assert saved_bytes(trainer, batch) == 2 * batch.clips.nbytes + 4
+    assert saved_bytes(trainer, batch) == 2 * batch.clips().nbytes + 4
 
 
 def test_what_stays_in_memory_is_what_a_trainer_holds() -> None:

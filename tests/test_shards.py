@@ -367,7 +367,7 @@ def test_processes_that_read_at_once_do_not_disturb_each_other(prepared: Path, n
     seen: dict[int, Tensor] = {}
     for batch in loader:
         assert not batch.problems
-        seen |= dict(zip(batch.indices.tolist(), batch.clips, strict=True))
+        seen |= dict(zip(batch.indices.tolist(), batch.clips(), strict=True))
     for i in range(40):
         assert torch.equal(seen[i][:, 0] * 255, source.read(i).values[0].float())
 
@@ -483,7 +483,7 @@ def test_a_resumed_run_reads_shards_in_the_order_of_an_uninterrupted_one(
     def seen(first_batch: int, num_workers: int) -> list[tuple[list[int], list[int], Tensor]]:
         loader = batches(Samples(shards(prepared), clip, 0, training), 4, 1, 7, True, True, num_workers)
         loader.batch_sampler.first_batch = first_batch  # type: ignore[union-attr]
-        return [(batch.indices.tolist(), batch.places.tolist(), batch.clips) for batch in loader]
+        return [(batch.indices.tolist(), batch.places.tolist(), batch.clips()) for batch in loader]
 
     whole = seen(0, 0)
     assert [place for _, places, _ in whole for place in places] == list(range(40))

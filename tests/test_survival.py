@@ -408,6 +408,23 @@ def test_replay_says_what_is_to_blame(
     assert f"outside [0, 1] are in clips {index}." in told
 
 
+def test_replay_on_another_kind_of_device_says_that_its_noise_is_another(
+    tmp_path: Path, pictures: Path, broken: type[Broken], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken.at = frozenset({2})
+    go(tmp_path / "run", pictures, photo_recipe(epochs=1), save_minutes=0)
+    bundle = tmp_path / "run" / BUNDLES / "step-000000002"
+    cli.main(["replay", "--bundle", str(bundle), "--device", "cpu"])
+    assert "other noise" not in capsys.readouterr().out
+    tensors = safetensors.torch.load_file(bundle / FIRST_BATCH)
+    with safetensors.safe_open(bundle / FIRST_BATCH, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    assert facts["device"] == "cpu"
+    safetensors.torch.save_file(tensors, bundle / FIRST_BATCH, {"facts": json.dumps({**facts, "device": "cuda:1"})})
+    cli.main(["replay", "--bundle", str(bundle), "--device", "cpu"])
+    assert "With other noise than the run's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("there", ["nothing", "text"])
 def test_replay_of_something_else_refuses(tmp_path: Path, there: str) -> None:
     if there == "text":

@@ -24,7 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from small import VARIANTS, build, clips_for, enough, small, small_variant
+from small import VARIANTS, build, clips_for, enough, shipped, small, small_variant
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -35,6 +35,7 @@ from unveil import sheet as sheet_module
 from unveil.checkpoint import LAST, WEIGHTS, load_model, read_header
 from unveil.data import Samples, batches, open_source
 from unveil.losses import Draws, Objective, draw
+from unveil.masking import draw_mask
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import lr_factor, optimizer_for, running_average
 from unveil.pretraining_job import PretrainingJob
@@ -304,13 +305,14 @@ def go(
     on_progress: Any = None,
     cache: bool = True,
     initial: Any = None,
+    crop_later: bool = False,
     **run: Any,
 ) -> dict[str, Any]:
     recipe = recipe or photo_recipe()
     clip = recipe.clip
     source = open_source(str(data), clip.channels, clip.frames, clip.height, clip.width)
     workers = run.get("workers", 0)
-    samples = Samples(source, clip, run.get("seed", 0), recipe.training, cache=cache and workers == 0)
+    samples = Samples(source, clip, run.get("seed", 0), recipe.training, cache and workers == 0, crop_later)
     return train(recipe, samples, Run(**{"data": str(data), "out": out, **run}), on_progress, initial)
 
 
@@ -685,6 +687,93 @@ def test_given_weights_are_where_a_run_starts_and_not_where_it_goes_on(
     go(tmp_path / "other", pictures, recipe)
     ours, theirs = (safetensors.torch.load_file(tmp_path / run / LAST) for run in ("whole", "other"))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def parts_of(drawn: Draws) -> Iterator[tuple[str, Tensor]]:
+    for part in drawn.branches:
+        assert part is not None
+        every = {"rows": part.rows, "visible": part.mask.visible, "hidden": part.mask.hidden}
+        every |= {"t": part.t, "noise": part.noise, "labels": part.labels}
+        yield from ((name, value) for name, value in every.items() if value is not None)
+
+
+@pytest.mark.parametrize("variant", ["diffmae", "mae", "dit", "umd"])
+def test_draws_for_a_device_are_those_of_each_samples_own_generators(variant: str) -> None:
+    """As they have always been on a CPU, where every draw has a generator of its own; and nothing is copied there."""
+    recipe = small(variant)
+    schedule = MaskedDiffusionAutoencoder(recipe).schedule
+    indices = list(range(40, 40 + enough(recipe)))
+    drawn = draw(recipe, schedule, 3, 2, indices, device="cpu")
+    for branch, part in zip(recipe.branches, drawn.branches, strict=True):
+        assert part is not None
+        for row, number in enumerate(part.rows.tolist()):
+            named = (3, 2, indices[number])
+            mask = draw_mask(branch.masking, [draws.generator(*named, "mask")], recipe.clip.grid, branch.mask_ratio)
+            assert torch.equal(part.mask.hidden[row], mask.hidden[0])
+            if part.t is not None and part.noise is not None and schedule is not None:
+                assert part.t[row] == schedule.sample_t(1, draws.generator(*named, "t"))
+                noise = torch.randn(part.noise.shape[1:], generator=draws.generator(*named, "noise"))
+                assert torch.equal(part.noise[row], noise)
+    for (name, before), (_, after) in zip(parts_of(drawn), parts_of(drawn.to("cpu")), strict=True):
+        assert after is before, name
+
+
+def test_a_step_is_drawn_on_the_device_that_it_is_computed_on(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def watched(*arguments: Any, device: str, **named: Any) -> Draws:
+        asked.append(device)
+        return draw(*arguments, device=device, **named)
+
+    monkeypatch.setattr(job_module, "draw", watched)
+    go(tmp_path / "run", pictures, photo_recipe(epochs=1), device="cpu:0")
+    assert set(asked) == {"cpu:0"}
+
+
+def test_a_run_whose_crops_are_cut_together_goes_on_to_the_same_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learns what it learns from crops that are cut one by one."""
+    (tmp_path / "data").mkdir()
+    for index in range(12):
+        values = np.random.default_rng(index).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / "data" / f"{index}.png")
+    runs = {name: tmp_path / name for name in ("whole", "resumed", "one by one")}
+    how: dict[str, Any] = {"recipe": photo_recipe(epochs=2), "accumulate": 2}
+    whole = go(runs["whole"], tmp_path / "data", crop_later=True, **how)
+    single = go(runs["one by one"], tmp_path / "data", **how)
+    at_step(monkeypatch, {8: terminate})
+    assert not go(runs["resumed"], tmp_path / "data", crop_later=True, **how)["finished"]
+    assert go(runs["resumed"], tmp_path / "data", crop_later=True, **how)["finished"]
+    weights = {name: safetensors.torch.load_file(out / WEIGHTS) for name, out in runs.items()}
+    for name, value in weights["whole"].items():
+        assert torch.equal(value, weights["resumed"][name]), name
+    assert whole["loss"] == pytest.approx(single["loss"], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")
+@pytest.mark.parametrize("variant", ["diffmae", "umd"])
+def test_a_gpu_draws_noise_of_its_own_by_the_same_names(variant: str) -> None:
+    recipe = shipped(variant)
+    schedule = MaskedDiffusionAutoencoder(recipe).schedule
+    indices = list(range(40, 40 + enough(recipe)))
+    drawn, again, host = (draw(recipe, schedule, 3, 2, indices, device=d) for d in ("cuda", "cuda", "cpu"))
+    for (name, here), (_, there), (_, on_host) in zip(*map(parts_of, (drawn, again, host)), strict=True):
+        assert here.device.type == "cuda"
+        assert torch.equal(here, there), name
+        assert torch.equal(here.cpu(), on_host) == (name != "noise"), name
+    company = draw(recipe, schedule, 3, 2, indices[1:], device="cuda")  # every sample in another row
+    assert drawn.branches[0] is not None
+    assert company.branches[0] is not None
+    mine, theirs = drawn.branches[0].noise, company.branches[0].noise
+    assert mine is not None
+    assert theirs is not None
+    assert torch.equal(mine[-len(theirs) :], theirs)
+    assert not torch.equal(mine[0], mine[1])
+    assert abs(mine.mean()) < 0.02
+    assert abs(mine.std() - 1) < 0.02
 
 
 # Branches and classes

@@ -153,7 +153,7 @@ def load_arrays(data: str, clip: Clip) -> Arrays:
         if batch.labels.min() < 0:
             where = source.where(int(batch.indices[batch.labels.argmin()]))
             raise ValueError(f"{where} of {data!r} has no label, but others have. Label it or remove it.")
-        clips.append((batch.clips.squeeze(2) * 255).round().to(torch.uint8))
+        clips.append((batch.clips().squeeze(2) * 255).round().to(torch.uint8))
         labels.append(batch.labels)
     return Arrays(torch.cat(clips), torch.cat(labels))
 

@@ -564,6 +564,8 @@ def _tell_outputs(recognition: dict[str, Any]) -> str:
 
 def _tell_replay(result: dict[str, Any]) -> Iterator[str]:
     yield f"Step {result['step']:,}, {result['num_clips']} clips, which was computed in {result['precision']}:"
+    if not result["same_noise"]:
+        yield "(With other noise than the run's, which was on another device: a GPU and a CPU draw their own. See --device.)"
     for title, told in (("as it was", result["as_it_was"]), ("in fp32", result["in_fp32"])):
         loss = "no number" if told["loss"] is None else f"{told['loss']:.4g}"
         bad = told["bad_gradients"]

@@ -74,7 +74,7 @@ class Ours:
     def step(self, pictures: Tensor, wait: bool = True) -> dict[str, float]:
         clock = Clock(self.device, wait)
         hook = self.model.encoder.register_forward_hook(lambda *_: clock.end("encoder"))
-        drawn = draw(self.recipe, self.model.schedule, 0, self.count, range(len(pictures))).to(self.device)
+        drawn = draw(self.recipe, self.model.schedule, 0, self.count, range(len(pictures)), device=self.device)
         clock.end("draw")
         with _autocast(self.device, self.precision):
             loss, _ = self.objective(pictures[:, :, None], drawn)

@@ -8,6 +8,7 @@ for epoch in range(epochs):
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from unveil import draws
 from unveil.config import Clip, Training
 from unveil.finetuning import FineTuning
+from unveil.hardware import onto
 from unveil.shards import Shards
 from unveil.sources import BadPicture, Picture, Skipped, Source, open_source
-from unveil.transforms import augment, erase, fit
+from unveil.transforms import Crop, augment, cut, cut_together, draw_crop, erase, fit
 
 __all__ = [
     "BadPicture",
@@ -38,12 +40,14 @@ __all__ = [
     "collate",
     "decoded_bytes",
     "open_source",
+    "to_clips",
 ]
 
 
 Key = tuple[int, int, int]  # epoch, place in its order, number of the sample
 
 WINDOW = 65_536  # samples of sharded data that are shuffled together
+SMALL = 128 * 128  # pixels of a picture that is sent to a device as a whole, to be cut there
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Sample:
     """One clip ready for a batch, or the reason why there is none.
 
     place: in the epoch's order. values: (T, C, H, W), uint8, or float32 in [0, 1]; None if it could not be read.
-    label: class number, or -1.
+    label: class number, or -1. crop: of the values, uint8, with the clip's height and width; None if they are the clip.
     """
 
     index: int
@@ -60,36 +64,67 @@ class Sample:
     label: int
     problem: Skipped | None = None
     note: str | None = None
+    crop: tuple[Crop, int, int] | None = None
+
+    @property
+    def cropped(self) -> Tensor | None:
+        """The values, cropped: (T, C, H, W) of the clip."""
+        return self.values if self.values is None or self.crop is None else cut(self.values, *self.crop)
 
     @property
     def clip(self) -> Tensor | None:
         """(C, T, H, W), float32 in [0, 1]."""
-        return None if self.values is None else _to_clips(self.values[None])[0]
+        values = self.cropped
+        return None if values is None else to_clips(values[None])[0]
+
+
+class Crops(NamedTuple):
+    """Of a batch of pictures: a `Crop` in each row, (B, 5), int64, and the clip's height and width."""
+
+    boxes: Tensor
+    height: int
+    width: int
 
 
 class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
     """The readable samples of a batch, and what happened to the others.
 
-    indices, places: of the samples, and theirs in the epoch's order, (B,), int64. clips: (B, C, T, H, W), float32 in
-    [0, 1]; None if no sample was readable. labels: (B,), int64, -1 where there is none. problems: the unreadable ones.
-    notes: (index, what was converted) of the readable ones that needed it.
+    indices, places: of the samples, and theirs in the epoch's order, (B,), int64. values: (B, T, C, H, W), uint8, or float32
+    in [0, 1] if one of the samples is not of bytes; None if no sample was readable. labels: (B,), int64, -1 where there is
+    none. problems: the unreadable ones. notes: (index, what was converted) of the readable ones that needed it. crops: of
+    the values, which are whole pictures of one size then; None if they are the clips.
     """
 
     indices: Tensor
     places: Tensor
-    clips: Tensor | None
+    values: Tensor | None
     labels: Tensor
     problems: list[Skipped]
     notes: list[tuple[int, str]]
+    crops: Crops | None = None
+
+    def clips(self, device: torch.device | str = "cpu") -> Tensor:
+        """The readable samples on a device, (B, C, T, H, W), float32 in [0, 1]. There must be some.
+
+        They are the same on every device; but what is cropped there may differ by a level in a pixel here and there.
+        """
+        assert self.values is not None
+        if self.crops is None:
+            return to_clips(self.values, device)
+        boxes, height, width = self.crops
+        return to_clips(cut_together(onto(device, self.values), onto(device, boxes), height, width), device)
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Some of the readable samples, of which there must be some."""
+        assert self.values is not None
+        crops = None if self.crops is None else self.crops._replace(boxes=self.crops.boxes[begin:end])
+        indices, places, values, labels = (x[begin:end] for x in (self.indices, self.places, self.values, self.labels))
+        return Batch(indices, places, values, labels, [], [], crops)
 
     def pieces(self, number: int) -> "list[Batch]":
         """The readable samples in so many parts of about equal size, or one for each sample if there are fewer."""
-        if self.clips is None:
-            return []
-        number = min(number, len(self.clips))
-        indices, places, labels = (values.chunk(number) for values in (self.indices, self.places, self.labels))
-        parts = zip(indices, places, self.clips.chunk(number), labels, strict=True)
-        return [Batch(index, place, clips, label, [], []) for index, place, clips, label in parts]
+        size = max(1, math.ceil(len(self.indices) / number))
+        return [self.part(begin, begin + size) for begin in range(0, len(self.indices), size)]
 
 
 def check_pixels(data: str, clip: Clip) -> None:
@@ -126,14 +161,24 @@ class Samples(Dataset[Sample]):
     Args:
         training: how to augment; None for evaluation, which centres and never draws.
         cache: keep decoded pictures. Every worker process keeps its own, so it is meant for num_workers=0.
+        crop_later: leave the random crops of small pictures to `Batch.clips`, which cuts them on its device all together.
     """
 
-    def __init__(self, source: Source, clip: Clip, seed: int, training: Training | None, cache: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        clip: Clip,
+        seed: int,
+        training: Training | None,
+        cache: bool = False,
+        crop_later: bool = False,
+    ) -> None:
         self.source = source
         self.clip = clip
         self.seed = seed
         self.training = training
         self.cache = cache
+        self.crop_later = crop_later
         self._cached: dict[int, Picture] = {}
 
     def __len__(self) -> int:
@@ -165,35 +210,52 @@ class Samples(Dataset[Sample]):
         if training is None:
             return Sample(index, place, fit(picture.values, height, width), label, note=picture.note)
         strong = training if isinstance(training, FineTuning) else None
+        drawn = height, width, training.crop_scale, training.flip, draws.key(self.seed, epoch, index, "augment")
+        small = picture.values.dtype == torch.uint8 and picture.values.shape[-2:].numel() <= SMALL
+        if self.crop_later and small and not strong and training.crop_scale < 1:
+            crop = draw_crop(picture.values, *drawn)
+            return Sample(index, place, picture.values, label, note=picture.note, crop=(crop, height, width))
         values = augment(
             picture.values,
-            height,
-            width,
-            training.crop_scale,
-            training.flip,
-            draws.key(self.seed, epoch, index, "augment"),
+            *drawn,
             num_ops=strong.randaugment_ops if strong else 0,
             magnitude=strong.randaugment_magnitude if strong else 0,
             fill=self.clip.mean,
         )
         if strong and strong.erase:
             mean, std = (torch.tensor(x).reshape(-1, 1, 1, 1) for x in (self.clip.mean, self.clip.std))
-            clip = _to_clips(values[None])[0]
+            clip = to_clips(values[None])[0]
             values = erase(clip, strong.erase, mean, std, draws.key(self.seed, epoch, index, "erase")).transpose(0, 1)
         return Sample(index, place, values, label, note=picture.note)
 
 
-def _to_clips(values: Tensor) -> Tensor:
-    """(B, T, C, H, W), uint8 or in [0, 1], to (B, C, T, H, W), float32 in [0, 1]."""
-    values = values.transpose(1, 2).contiguous()
-    return values.float().div_(255) if values.dtype == torch.uint8 else values.float()
+def to_clips(values: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Values of samples, (B, T, C, H, W), uint8 or in [0, 1], as clips on a device, (B, C, T, H, W), float32 in [0, 1]."""
+    values = onto(device, values).transpose(1, 2).contiguous()
+    if values.dtype != torch.uint8:
+        return values.float()
+    # By a tensor of the device: by a number a GPU divides as it multiplies, by 1 / 255, which is rounded.
+    return values.float().div_(torch.full((), 255.0, device=values.device))
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    """Clips of samples (T, C, H, W) as (B, C, T, H, W): bytes are stacked as bytes, and become numbers once, all together."""
-    if all(each.dtype == torch.uint8 for each in values):
-        return _to_clips(torch.stack(values))
-    return torch.cat([_to_clips(each[None]) for each in values])
+    """(T, C, H, W) of each sample as (B, T, C, H, W): as bytes, a quarter of the memory, if all of them are."""
+    if any(each.dtype != torch.uint8 for each in values):
+        values = [to_clips(each[None])[0].transpose(0, 1) for each in values]
+    return torch.stack(values)
+
+
+def _crops_of(samples: list[Sample]) -> Crops | None:
+    """Crops to be cut together, if all samples have one and are of one size."""
+    crops = [sample.crop for sample in samples if sample.crop is not None]
+    if (
+        not crops
+        or len(crops) < len(samples)
+        or len({sample.values.shape for sample in samples if sample.values is not None}) > 1
+    ):
+        return None
+    (_, height, width), *_ = crops
+    return Crops(torch.tensor([crop for crop, _, _ in crops], dtype=torch.int64), height, width)
 
 
 def decoded_bytes(source: Source, num_tried: int = 16) -> int:
@@ -210,13 +272,16 @@ def decoded_bytes(source: Source, num_tried: int = 16) -> int:
 def collate(samples: list[Sample]) -> Batch:
     """Stack the readable samples; the others are listed in `problems`."""
     good = [sample for sample in samples if sample.values is not None]
+    crops = _crops_of(good)
+    values = [sample.cropped if crops is None else sample.values for sample in good]
     return Batch(
         indices=torch.tensor([sample.index for sample in good], dtype=torch.int64),
         places=torch.tensor([sample.place for sample in good], dtype=torch.int64),
-        clips=_stack([sample.values for sample in good if sample.values is not None]) if good else None,
+        values=_stack([each for each in values if each is not None]) if good else None,
         labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
         problems=[sample.problem for sample in samples if sample.problem is not None],
         notes=[(sample.index, sample.note) for sample in good if sample.note is not None],
+        crops=crops,
     )
 
 

@@ -6,7 +6,7 @@ Not on the batch that a sample is in, the worker that reads it, the process, or 
 import hashlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -26,6 +26,19 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
     """A fresh CPU generator for one draw, seeded with `key(seed, *parts)`."""
     # torch's CPU generator keeps the low 32 bits of a seed: among millions of keys a few will share a stream by chance.
     return torch.Generator().manual_seed(key(seed, *parts))
+
+
+def generators(
+    seed: int, epoch: int, indices: Iterable[int], purpose: str, device: torch.device | str = "cpu"
+) -> Iterator[torch.Generator]:
+    """`generator(seed, epoch, index, purpose)` for one sample after the other, or one on another device.
+
+    It is one generator that is seeded anew, which takes half the time: draw from it before the next sample's turn. A GPU has
+    other numbers for a key than a CPU, and the same ones whenever it is asked; it is not waited for.
+    """
+    one = torch.Generator(device)
+    for index in indices:
+        yield one.manual_seed(key(seed, epoch, index, purpose))
 
 
 def deal(place: int, shares: Sequence[float]) -> int:

@@ -98,11 +98,11 @@ def extract(
     features: list[list[Tensor]] = [[] for _ in functions]
     labels, indices = [], []
     for batch in loader:
-        if batch.clips is None:
+        if batch.values is None:
             continue
         if on_batch is not None:
-            on_batch(len(batch.clips))
-        clips = batch.clips.to(device)
+            on_batch(len(batch.indices))
+        clips = batch.clips(device)
         labels.append(batch.labels)
         indices.append(batch.indices)
         for kept, function in zip(features, functions, strict=True):

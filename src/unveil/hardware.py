@@ -1,10 +1,11 @@
-"""What machines can do by their makers' datasheets, and how much memory there is here."""
+"""What machines can do by their makers' datasheets, how much memory there is here, and how a tensor gets to a GPU."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,11 @@ def memory_of(device: str) -> int:
         except (OSError, ValueError):  # there is none, or it says "max"
             continue
     return memory
+
+
+def onto(device: torch.device | str, tensor: Tensor) -> Tensor:
+    """A tensor on a device; the same one if it is there. Nothing waits for what a GPU is at."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        # From memory that is not pinned, a copy waits for the kernels before it; of one that is not contiguous, too.
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unveil import draws
 from unveil.config import Branch, Term
 from unveil.corruption import Corrupted, Part, corrupt
+from unveil.hardware import onto
 from unveil.masking import Mask, draw_mask, num_decoded
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.recipe import Recipe
@@ -36,11 +37,9 @@ class BranchDraws:
     counts: bool = True
 
     def to(self, device: torch.device | str) -> "BranchDraws":
-        t, noise, labels = (
-            None if x is None else x.to(device, non_blocking=True) for x in (self.t, self.noise, self.labels)
-        )
-        rows = self.rows.to(device, non_blocking=True)
-        return BranchDraws(rows, self.mask.to(device), t, noise, labels, self.counts)
+        t, noise, labels = (None if x is None else onto(device, x) for x in (self.t, self.noise, self.labels))
+        mask = Mask(onto(device, self.mask.visible), onto(device, self.mask.hidden))
+        return BranchDraws(onto(device, self.rows), mask, t, noise, labels, self.counts)
 
 
 @dataclass(frozen=True)
@@ -55,41 +54,45 @@ class Draws:
 
 def _draw_branch(
     recipe: Recipe, branch: Branch, schedule: Schedule | None, seed: int, epoch: int, rows: list[int],
-    indices: Sequence[int], labels: Tensor | None,
+    indices: Sequence[int], labels: Tensor | None, device: torch.device | str,
 ) -> BranchDraws:  # fmt: skip
+    """Noise is drawn on the device; what is small, on the CPU."""
     clip, at = recipe.clip, torch.tensor(rows)
-    generators = [draws.generator(seed, epoch, i, "mask") for i in indices]
-    mask = draw_mask(branch.masking, generators, clip.grid, branch.mask_ratio)
+
+    def each(purpose: str, device: torch.device | str = "cpu") -> Iterator[torch.Generator]:
+        return draws.generators(seed, epoch, indices, purpose, device)
+
+    mask = draw_mask(branch.masking, each("mask"), clip.grid, branch.mask_ratio)
     if branch.noise_on == "none":
         return BranchDraws(at, mask, None, None, None)  # a clean clip is never labelled
     assert schedule is not None
     K = branch.num_draws
     if branch.decode_share < 1:
-        mask = Mask(mask.visible, _some(mask.hidden, K, branch.decode_share, seed, epoch, indices))
+        mask = Mask(mask.visible, _some(mask.hidden, K, branch.decode_share, each("decode")))
     elif K > 1:
         mask = Mask(mask.visible, mask.hidden.repeat_interleave(K, dim=0))
     carriers = (mask.hidden if branch.noise_on == "hidden" else mask.visible).shape[1]
     if any(term.predict == "noisy" for term in branch.terms):
         carriers = clip.num_tokens
-    t = torch.cat([schedule.sample_t(K, draws.generator(seed, epoch, i, "t")) for i in indices])
-    noise = torch.empty(len(indices) * K, carriers, clip.token_dim)
-    for row, i in zip(noise.unflatten(0, (-1, K)), indices, strict=True):
-        torch.randn(row.shape, generator=draws.generator(seed, epoch, i, "noise"), out=row)
+    t = torch.cat([schedule.sample_t(K, generator) for generator in each("t")])
+    noise = torch.empty(len(indices) * K, carriers, clip.token_dim, device=device)
+    for row, generator in zip(noise.unflatten(0, (-1, K)), each("noise", noise.device), strict=True):
+        row.normal_(generator=generator)
     num_classes = recipe.condition.num_classes
     if not num_classes:
         return BranchDraws(at, mask, t, noise, None)
     assert K == 1  # classes are told to encoders that see noise alone
     if labels is None:
         return BranchDraws(at, mask, t, noise, torch.full((len(at),), num_classes))
-    dropped = torch.cat([torch.rand(1, generator=draws.generator(seed, epoch, i, "label")) for i in indices])
+    dropped = torch.cat([torch.rand(1, generator=generator) for generator in each("label")])
     kept = (labels[at] >= 0) & (dropped >= recipe.training.label_dropout)
     return BranchDraws(at, mask, t, noise, torch.where(kept, labels[at], num_classes))
 
 
-def _some(hidden: Tensor, num_draws: int, share: float, seed: int, epoch: int, indices: Sequence[int]) -> Tensor:
+def _some(hidden: Tensor, num_draws: int, share: float, generators: Iterable[torch.Generator]) -> Tensor:
     """A share of each clip's hidden tokens (b, M), drawn anew for each draw: (b * num_draws, m)."""
     M = hidden.shape[1]
-    drawn = (torch.rand(num_draws, M, generator=draws.generator(seed, epoch, i, "decode")) for i in indices)
+    drawn = (torch.rand(num_draws, M, generator=generator) for generator in generators)
     chosen = torch.cat([scores.argsort(dim=1) for scores in drawn])[:, : num_decoded(M, share)]
     return hidden.repeat_interleave(num_draws, dim=0).gather(1, chosen)
 
@@ -104,8 +107,12 @@ def draw(
     places: Sequence[int] | None = None,
     labels: Tensor | None = None,
     every_branch: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Draws:
-    """Draws for the samples with these indices. Each depends on (seed, epoch, index) alone, not on the batch.
+    """Draws for the samples with these indices, on a device. Each depends on (seed, epoch, index) alone, not on the batch.
+
+    Masks, times and dropped labels are the same on every device. Noise is drawn where it is used, as that takes a CPU longer
+    than a GPU takes for the step: it is the same on every GPU of a kind, and another on a CPU.
 
     Args:
         places: where each sample stands in the epoch's order, which decides its branch; its index if not given.
@@ -121,9 +128,9 @@ def draw(
         if not counts and every_branch:
             rows = [0]
         chosen = [indices[row] for row in rows]
-        part = _draw_branch(recipe, branch, schedule, seed, epoch, rows, chosen, labels) if rows else None
+        part = _draw_branch(recipe, branch, schedule, seed, epoch, rows, chosen, labels, device) if rows else None
         parts.append(part if part is None or counts else dataclasses.replace(part, counts=False))
-    return Draws(tuple(parts))
+    return Draws(tuple(parts)).to(device)
 
 
 def _log_cdf_difference(

@@ -1,6 +1,6 @@
 """Which tokens are visible and which hidden, as two index tensors; class tokens are not in the index space."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +45,13 @@ def mask_from_scores(scores: Tensor, mask_ratio: float) -> Mask:
     return Mask(order[:, :num_visible], order[:, num_visible:])
 
 
-def random_mask(generators: Sequence[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
+def random_mask(generators: Iterable[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
     """Uniformly random over space and time; one row for each generator."""
     t, h, w = grid
     return mask_from_scores(torch.stack([torch.rand(t * h * w, generator=g) for g in generators]), mask_ratio)
 
 
-def tube_mask(generators: Sequence[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
+def tube_mask(generators: Iterable[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
     """Random in space, the same places hidden in every frame; one row for each generator."""
     t, h, w = grid
     place = mask_from_scores(torch.stack([torch.rand(h * w, generator=g) for g in generators]), mask_ratio)
@@ -87,14 +87,14 @@ def center_tokens(grid: Grid, mask_ratio: float) -> Tensor:
     return block.flatten()
 
 
-def draw_mask(masking: str, generators: Sequence[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
+def draw_mask(masking: str, generators: Iterable[torch.Generator], grid: Grid, mask_ratio: float) -> Mask:
     """One row of the named masking for each generator, drawn from that generator alone."""
     if masking == "random":
         return random_mask(generators, grid, mask_ratio)
     if masking == "tube":
         return tube_mask(generators, grid, mask_ratio)
     assert masking == "center", masking
-    hidden = center_tokens(grid, mask_ratio).expand(len(generators), -1)
+    hidden = center_tokens(grid, mask_ratio).expand(sum(1 for _ in generators), -1)
     ((_, mask),) = group_rows(hidden)
     return mask
 

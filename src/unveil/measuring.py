@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unveil.checkpoint import LAST, WEIGHTS, weights_bytes
-from unveil.data import Batch, Order, Sample, Samples
+from unveil.data import Batch, Order, Sample, Samples, collate
 from unveil.layers import blocks_of
 from unveil.optim import adam_state
 from unveil.pretraining import Pretraining
@@ -140,10 +140,9 @@ def read_some(samples: Samples, order: Order, seconds: float) -> Reading:
 
 def a_batch(samples: list[Sample], indices: list[int]) -> Batch:
     """Clips that were read, again and again, as the samples of these numbers, at the first places of an epoch."""
-    some = [samples[i % len(samples)] for i in range(len(indices))]
-    clips = torch.stack([sample.clip for sample in some if sample.clip is not None])
-    labels = torch.tensor([sample.label for sample in some])
-    return Batch(torch.tensor(indices), torch.arange(len(indices)), clips, labels, [], [])
+    some = (samples[place % len(samples)] for place in range(len(indices)))
+    named = zip(indices, range(len(indices)), some, strict=True)
+    return collate([dataclasses.replace(sample, index=index, place=place, note=None) for index, place, sample in named])
 
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
@@ -154,9 +153,7 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
     checkpointing these are the inputs of the blocks, and the storages of the block that saves the most.
     """
     job, device = trainer.job, torch.device(trainer.run.device)
-    assert batch.clips is not None
-    clips, drawn = job.inputs(batch, 0, list(range(len(batch.clips))))
-    clips, drawn = clips.to(device), drawn.to(device)
+    clips, drawn = job.inputs(batch, 0, list(range(len(batch.indices))))
 
     def forward() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=trainer.run.precision == "bf16"):
@@ -226,7 +223,7 @@ def one_step(trainer: Trainer, batch: Batch, pieces: int) -> None:
     for piece in batch.pieces(pieces):
         clips, drawn = trainer.inputs(piece)
         with torch.autocast(device.type, torch.bfloat16, enabled=trainer.run.precision == "bf16"):
-            loss, _ = trainer.job.objective(clips.to(device), drawn.to(device))
+            loss, _ = trainer.job.objective(clips, drawn)
         loss = loss * (len(clips) / len(batch.indices))
         loss.backward()
         value += loss.detach()

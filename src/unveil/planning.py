@@ -155,5 +155,7 @@ def prepare(
         keep=options.keep,
         wandb=options.wandb,
     )
-    samples = Samples(source, recipe.clip, run.seed, recipe.training, cache=fits and workers == 0)
+    cache = fits and workers == 0
+    # On a CPU it is slower than one by one.
+    samples = Samples(source, recipe.clip, run.seed, recipe.training, cache, cache and device.startswith("cuda"))
     return recipe, samples, run

@@ -30,7 +30,7 @@ class PretrainingJob:
     """
 
     def __init__(self, recipe: Recipe, samples: Samples, run: Run, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.recipe, self.seed, self.training = recipe, run.seed, recipe.training
+        self.recipe, self.run, self.training = recipe, run, recipe.training
         self._check_branches(min(recipe.training.batch_size, len(samples)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -68,18 +68,18 @@ class PretrainingJob:
         return len(self.recipe.branches) == 1 and (decoder is None or decoder.mask_token is None or masks_some)
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Draws]:
-        assert batch.clips is not None
         drawn = draw(
             self.recipe,
             self.model.schedule,
-            self.seed,
+            self.run.seed,
             epoch,
             batch.indices.tolist(),
             places=places,
             labels=batch.labels,
             every_branch=everything,
+            device=self.run.device,
         )
-        return batch.clips, drawn
+        return batch.clips(self.run.device), drawn
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
         return self.training.lr * lr_factor(step, num_steps, warmup_steps, self.training.lr_schedule)

@@ -13,6 +13,7 @@ from unveil import draws
 from unveil.checkpoint import About, save_weights
 from unveil.data import Batch, Samples, Skipped, batches
 from unveil.finetuning import Recognition
+from unveil.hardware import onto
 from unveil.optim import ADAM_BETA1, layer_decay_groups, lr_factor
 from unveil.recipe import Recipe
 from unveil.recognizer import RecognitionObjective, Recognizer, Targets, blend, score, to_targets
@@ -56,10 +57,10 @@ class RecognitionJob:
     def inputs(
         self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False
     ) -> tuple[Tensor, Targets]:
-        assert batch.clips is not None
-        targets = to_targets(self.recognition, self.train_truth[batch.indices])
+        device = self.run.device
+        targets = onto(device, to_targets(self.recognition, self.train_truth[batch.indices]))
         key = draws.key(self.run.seed, epoch, places[0], "blend")
-        clips, targets = blend(batch.clips, targets, self.training, key)
+        clips, targets = blend(batch.clips(device), targets, self.training, key)
         return clips, Targets(targets)
 
     def lr_at(self, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -122,10 +123,10 @@ def told(
     outputs, wanted, problems = [], [], []
     for batch in loader:
         problems += batch.problems
-        if batch.clips is None:
+        if batch.values is None:
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            outputs.append(model.predict(batch.clips.to(device)).cpu())
+            outputs.append(model.predict(batch.clips(device)).cpu())
         wanted.append(truth[batch.indices])
     if not outputs:
         raise ValueError(f"No sample of the test data {samples.source.name!r} can be read.")

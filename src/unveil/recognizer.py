@@ -144,9 +144,6 @@ class Targets:
 
     values: Tensor
 
-    def to(self, device: torch.device | str) -> "Targets":
-        return Targets(self.values.to(device, non_blocking=True))
-
 
 def blend(clips: Tensor, targets: Tensor, training: FineTuning, seed_key: int) -> tuple[Tensor, Tensor]:
     """MixUp or CutMix of each clip with the one before it in the batch, by torchvision; the same for every frame.

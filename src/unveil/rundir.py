@@ -31,8 +31,8 @@ WANDB = "wandb-id.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a recipe is run here, beside what is trained. Data and seed make the result; precision, device and compile move
-    its last digits.
+    """How a recipe is run here, beside what is trained. Data and seed make the result, with the kind of device, as a GPU draws
+    noise of its own; precision and compile move its last digits.
 
     save_minutes: time between saves; one more is made at the end and when the run is interrupted.
     classes: the names of the classes, for a recipe that has them.

@@ -255,7 +255,6 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                 pieces = trainer.pieces(batch)
                 for number, piece in enumerate(pieces):
                     clips, drawn = trainer.inputs(piece)
-                    drawn = drawn.to(device)
                     # Gradients of processes are averaged, and those of clips are to be.
                     weight = spread.world * len(clips) / readable if piece.indices[0] >= 0 else 0.0
                     with (
@@ -263,7 +262,7 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                         torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
                         _apart(share, number + 1 < len(pieces)),
                     ):
-                        part = share(clips.to(device, non_blocking=True), drawn, weight)
+                        part = share(clips, drawn, weight)
                         part.backward()
                     value += part.detach() / spread.world
                 if spread.world > 1:

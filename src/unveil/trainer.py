@@ -62,7 +62,7 @@ class Job(Protocol):
         ...
 
     def inputs(self, batch: Batch, epoch: int, places: Sequence[int], everything: bool = False) -> tuple[Tensor, Any]:
-        """Clips, and what a step draws for them, with a method `to(device)`; places are theirs in the epoch's order.
+        """Clips, and what a step draws for them, on the run's device; places are theirs in the epoch's order.
 
         everything: whether every module has to be called, by a clip that counts nothing if need be.
         """
@@ -168,8 +168,7 @@ class Trainer:
         self.model.train()
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Clips, and what the current step draws for them."""
-        assert batch.clips is not None
+        """Clips, and what the current step draws for them, on the run's device."""
         epoch = self.named(self.step // self.steps_per_epoch)
         return self.job.inputs(batch, epoch, batch.places.tolist(), everything=self.in_shards)
 
@@ -196,9 +195,9 @@ class Trainer:
     def stand_in(self) -> Batch:
         """A clip that counts nothing, whose number is -1: for a process that has none while others do."""
         clip = self.samples.clip
-        clips = torch.zeros(1, clip.channels, clip.frames, clip.height, clip.width)
+        values = torch.zeros(1, clip.frames, clip.channels, clip.height, clip.width)
         zero = torch.zeros(1, dtype=torch.int64)
-        return Batch(zero - 1, zero, clips, zero - 1, [], [])
+        return Batch(zero - 1, zero, values, zero - 1, [], [])
 
     def is_lost(self) -> bool:
         """Whether not even what was read before can be read now."""
@@ -445,17 +444,18 @@ class Trainer:
             self.spread.rank,
             self.samples,
             lambda path: self.job.save(path, weights, about),
-            {"seed": self.run.seed, "precision": self.run.precision},
+            {"seed": self.run.seed, "precision": self.run.precision, "device": self.run.device},
         )
 
     def note(self, batch: Batch) -> None:
         for problem in batch.problems:
             self.problems.setdefault(problem.where, problem.reason)
         self.notes.update(batch.notes)
-        if batch.clips is not None:
+        if batch.values is not None:
             self.read_before = int(batch.indices[-1])
             if self.problems:  # what was unreadable while its disk was away is no problem any more
                 for index in batch.indices.tolist():
                     self.problems.pop(self.samples.source.where(index), None)
-        if self.sheet_clips is None and batch.clips is not None:
-            self.sheet_clips = batch.clips[: max(2, SHEET_SAMPLES // batch.clips.shape[2])].to(self.run.device)
+        if self.sheet_clips is None and batch.values is not None:
+            some = batch.part(0, max(2, SHEET_SAMPLES // batch.values.shape[1]))
+            self.sheet_clips = some.clips(self.run.device)

@@ -101,17 +101,17 @@ def write_bundle(
     Args:
         rank: of the process, of which each keeps its part of the batch, and the first the model.
         save_model: writes the weights, which the step left as they were, to a path.
-        facts: the run's seed and precision, for a replay.
+        facts: the run's seed, precision and device, for a replay.
     """
     folder = out / BUNDLES / f"step-{step.number:09d}"
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         save_model(folder / WEIGHTS)
     batch = collate([samples[key] for key in step.keys])
-    if batch.clips is None:  # it could be read a second ago
+    if batch.values is None:  # it could be read a second ago
         return
     tensors = {
-        "clips": batch.clips.contiguous(),
+        "clips": batch.clips(facts["device"]).cpu(),
         "labels": batch.labels,
         "indices": batch.indices,
         "places": batch.places,

@@ -266,9 +266,9 @@ def with_data(options: Bench, source: Source, contender: Ours, device: str) -> d
         return batches(samples, options.batch_size, 0, 0, shuffle=True, drop_last=True, num_workers=workers)
 
     def clips_of(batch: Any) -> Tensor:
-        if batch.clips is None:
+        if batch.values is None:
             raise ValueError(f"A whole batch of {options.data!r} cannot be read. `unveil doctor` says why.")
-        return batch.clips[:, :, 0].to(device)
+        return batch.clips(device)[:, :, 0]
 
     num, begin = 0, 0.0
     for number, batch in enumerate(loader()):

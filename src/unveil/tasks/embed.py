@@ -71,10 +71,10 @@ def _check_out(out: Path) -> None:
 
 def _parts(batches: Iterator[Batch], source: Source, function: Features, device: str) -> Iterator[Part]:
     for batch in batches:
-        if batch.clips is None:
+        if batch.values is None:
             continue
         paths = [as_text(source.where(i)) for i in batch.indices.tolist()]
-        features = function(batch.clips.to(device), batch.indices).float().cpu()
+        features = function(batch.clips(device), batch.indices).float().cpu()
         yield Part(paths, batch.labels if source.classes else None, features)
 
 

@@ -113,9 +113,9 @@ def evaluate(options: Evaluate, on_progress: Callable[[int, int], None] | None =
     parts: list[dict[str, Tensor]] = []
     done = 0
     for batch in loader:
-        if batch.clips is None:
+        if batch.values is None:
             continue
-        take = min(len(batch.clips), options.limit - done)
+        take = min(len(batch.indices), options.limit - done)
         indices = batch.indices[:take].tolist()
         holes = named_holes(clip, options.mask, indices, options.seed).to(device)
         if not holes.any():
@@ -123,7 +123,7 @@ def evaluate(options: Evaluate, on_progress: Callable[[int, int], None] | None =
         parts.append(
             score(
                 model,
-                batch.clips[:take].to(device),
+                batch.clips(device)[:take],
                 holes,
                 num_samples=options.num_samples,
                 num_steps=options.num_steps,

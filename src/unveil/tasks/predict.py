@@ -94,8 +94,8 @@ def predict(options: Predict, on_progress: Callable[[int, int], None] | None = N
     with replacing(options.out) as part:  # made first, so that a name that cannot be written is found before the work
         for batch in loader:
             skipped += [(bad.where, bad.reason) for bad in batch.problems]
-            if batch.clips is not None:
-                outputs: Tensor = model.predict(batch.clips.to(device)).cpu()
+            if batch.values is not None:
+                outputs: Tensor = model.predict(batch.clips(device)).cpu()
                 if truth is not None:
                     outputs_of.append(outputs)
                     indices += batch.indices.tolist()

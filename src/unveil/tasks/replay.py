@@ -33,8 +33,9 @@ def replay(options: Replay) -> dict[str, Any]:
 
     Returns:
         step; loss and its parts for the precision of the run and for fp32: {"loss", "bad_clips": indices of the clips whose
-        loss alone is no number, "bad_gradients": parameters whose gradient holds one}; and bad_input: indices of clips that
-        hold a value that is no number or outside [0, 1]. A loss that is no number is None.
+        loss alone is no number, "bad_gradients": parameters whose gradient holds one}; bad_input: indices of clips that
+        hold a value that is no number or outside [0, 1]; and same_noise: whether the noise is the run's, which it is on a
+        device of its kind. A loss that is no number is None.
 
     Raises:
         ValueError: the folder holds no skipped step of a pre-training.
@@ -71,7 +72,8 @@ def replay(options: Replay) -> dict[str, Any]:
             indices[rows].tolist(),
             places=places[rows].tolist(),
             labels=labels[rows],
-        ).to(device)
+            device=device,
+        )
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             return objective(clips[rows].to(device), drawn)[0]
 
@@ -88,6 +90,7 @@ def replay(options: Replay) -> dict[str, Any]:
             "bad_gradients": bad,
         }
 
+    noisy = any(branch.noise_on != "none" for branch in model.recipe.branches)
     outside = [not bool(((clip >= 0) & (clip <= 1)).all()) for clip in clips]
     return {
         "step": facts["step"],
@@ -95,5 +98,6 @@ def replay(options: Replay) -> dict[str, Any]:
         "precision": facts["precision"],
         "as_it_was": told(facts["precision"]),
         "in_fp32": told("fp32"),
+        "same_noise": not noisy or torch.device(facts.get("device", "cpu")).type == torch.device(device).type,
         "bad_input": [int(index) for index, is_bad in zip(indices, outside, strict=True) if is_bad],
     }
