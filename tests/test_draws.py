@@ -1,6 +1,7 @@
 """Draws are named, so their order and company do not matter."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -59,11 +60,13 @@ def test_keys_refuse_floats() -> None:
 
 
 def test_keys_are_the_same_in_every_process() -> None:
-    # Python's own hash() of a string would differ between processes.
-    program = "from unveil import draws; print(draws.key(5, 2, 'mask'))"
-    for _ in range(2):
-        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert int(out.stdout) == draws.key(5, 2, "mask")
+    # Python's own hash() of a string would differ between processes, as it must here.
+    program = "from unveil import draws; print(draws.key(5, 2, 'mask'), hash('mask'))"
+    environment = {**os.environ, "PYTHONHASHSEED": "random"}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    key, hashed = map(int, out.stdout.split())
+    assert hashed != hash("mask")
+    assert key == draws.key(5, 2, "mask")
 
 
 # Who gets which clip

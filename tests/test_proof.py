@@ -49,7 +49,8 @@ def test_the_penalty_is_chosen_on_training_rows_alone(run: Path, monkeypatch: py
 
     monkeypatch.setattr(probe_module, "choose_ridge", record)
     probe(Probe(run=run, data="digits:train", test_data="digits:test"))
-    labels = torch.tensor([open_source("digits:train", 1).label(i) for i in range(1437)])
+    source = open_source("digits:train", 1)
+    labels = torch.tensor([source.label(i) for i in range(1437)])
     assert len(seen) == 3
     for x, y in seen:
         assert len(x) == len(y) == 1437
@@ -185,7 +186,7 @@ def test_data_that_vanishes_stops_the_run_and_comes_back(tmp_path: Path, monkeyp
     for i in range(6):
         Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
     options = Pretrain(
-        data=str(folder), out=out, size="Nano/4", image_size="8", epochs=12, batch_size=3, workers=1, save_minutes=0
+        data=str(folder), out=out, size="Nano/4", image_size="8", epochs=6, batch_size=3, workers=1, save_minutes=0
     )
 
     def hide(progress: Any) -> None:

@@ -329,9 +329,9 @@ def test_the_order_of_equal_numbers_is_the_same_in_every_process(tmp_path: Path)
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
             check=True, timeout=120,
         ).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     }  # fmt: skip
-    assert len(orders) == 1
+    assert orders == {f"{open_source(str(listed), 3).classes}\n"}  # the third process is this one
 
 
 def test_what_looks_like_several_labels_is_said(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
