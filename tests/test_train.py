@@ -370,14 +370,6 @@ def read_save(out: Path) -> dict[str, Any]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Every weights file, and everything that training would go on from, equal bit for bit."""
-    files = sorted(path.name for path in a.glob("*.safetensors"))
-    assert files == sorted(path.name for path in b.glob("*.safetensors"))
-    assert WEIGHTS in files
-    for file in files:
-        ours, theirs = (safetensors.torch.load_file(out / file) for out in (a, b))
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert torch.equal(ours[name], theirs[name]), (file, name)
 
     def compare(x: Any, y: Any, where: str) -> None:
         assert type(x) is type(y), where
@@ -395,7 +387,15 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert x == y, where
 
     (our_save, our_facts), (their_save, their_facts) = (newest(out) for out in (a, b))
-    compare(our_facts, their_facts, "facts")
+    compare(our_facts, their_facts, "facts")  # first, as these say most of what went another way
+    files = sorted(path.name for path in a.glob("*.safetensors"))
+    assert files == sorted(path.name for path in b.glob("*.safetensors"))
+    assert WEIGHTS in files
+    for file in files:
+        ours, theirs = (safetensors.torch.load_file(out / file) for out in (a, b))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (file, name)
     if stored(our_save) != stored(
         their_save
     ):  # equal bytes are equal tensors, which take longer to read than most runs
