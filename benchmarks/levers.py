@@ -51,6 +51,8 @@ class Options:
     """Of --train that are used, its first rows."""
     minutes: float = 8.0
     """Processor time that each is pre-trained for."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """That are pre-trained."""
     seeds: tuple[int, ...] = (0,)
     rounds: int = 12
     """Timed, after one that warms up."""
@@ -137,8 +139,8 @@ def learn(options: Options, name: str, seed: int, epochs: int) -> dict[str, Any]
         "epochs": epochs,
         "pictures": told["images_seen"],
         "processor_seconds": spent if not told["resumed"] else None,
-        "linear": probed["encoder"]["linear"],
-        "knn": probed["encoder"]["knn"],
+        "linear": probed["results"]["encoder"]["linear"],
+        "knn": probed["results"]["encoder"]["knn"],
     }
     for mask in ("random:0.75", "center:0.25"):
         scores = evaluate(
@@ -169,7 +171,7 @@ def main(options: Options) -> None:
     size, side, _ = options.timed[0]
     cost = {row["variant"]: row for row in record["times"] if (row["size"], row["image_size"]) == (size, side)}
     for seed in options.seeds:
-        for name in VARIANTS:
+        for name in options.variants:
             if any((row["variant"], row["seed"]) == (name, seed) for row in record["runs"]):
                 continue
             images = options.minutes * 60_000 / cost[name]["milliseconds_per_picture"]

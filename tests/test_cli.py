@@ -431,7 +431,7 @@ def skipped_step(run: Path, bundle: Path) -> None:
         0,
         Samples(source, recipe.clip, 0, recipe.training),
         lambda path: save_weights(path, recipe, model.state_dict(), about),
-        {"seed": 0, "precision": "fp32"},
+        {"seed": 0, "precision": "fp32", "device": "cpu"},
     )
 
 

@@ -785,4 +785,4 @@ def test_other_commands_are_not_spread(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, error = run_cli("info --run nowhere", capsys)
     assert (code, out) == (2, "")
-    assert "torchrun started 2 processes, but only pretrain, finetune-generator and generate spread their" in error
+    assert "torchrun started 2 processes, but only pretrain, finetune, finetune-generator and generate" in error
