@@ -10,6 +10,7 @@ Assumed, because no GPU was here: the share of a GPU's peak that training reache
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -320,7 +321,15 @@ def measure(options: Options) -> dict[str, Any]:
         }
 
 
+def check(options: Options) -> None:
+    """Refuse what cannot be, before anything is computed."""
+    nodes = [number for _, number in options.runs]
+    if min(options.samples, options.passes, *nodes) < 1 or not 0 < options.mfu <= 1:
+        sys.exit("billion: --samples, --passes and nodes are at least 1, and --mfu is above 0 and at most 1.")
+
+
 def main(options: Options) -> None:
+    check(options)
     if options.measure:
         record = measure(options)
         text = json.dumps(record, indent=2)

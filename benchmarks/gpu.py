@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -244,6 +245,8 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> None:
+    if min(options.rounds, options.steps, *options.batch_sizes) < 1:
+        sys.exit("gpu: --rounds, --steps and --batch-sizes are at least 1.")
     begin = time.monotonic()
     device = pick_device(options.device)
     on_gpu = device.startswith("cuda")

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -265,6 +266,9 @@ def draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], path: P
 
 
 def main(options: Options) -> None:
+    sweeps = (options.batch_sizes, options.image_sizes, options.encoder_depths, options.decoder_depths)
+    if min(len(sweep) for sweep in sweeps) < 3 or len(options.image_sizes) < 4:
+        sys.exit("growth: --image-sizes needs 4 points or more, and each other sweep 3, or any law fits them.")
     torch.set_num_threads(1)
     cases = [case for name in options.recipes for case in cases_of(options, name)]
     memory: list[int | None] = [None] * len(cases)

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from small import EVERY, batch_for, small_variant
 from test_train import go, photo_recipe, write_pictures
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from unveil.checkpoint import WEIGHTS
@@ -104,6 +105,31 @@ def test_a_run_is_told_to_compile(tmp_path: Path, pictures: Path, monkeypatch: p
     go(tmp_path / "run", pictures, recipe, compile=True)
     assert len(compiled) == 1 + recipe.encoder.depth + recipe.decoder.depth  # the first is the trial
     assert called == set(compiled)
+
+
+def test_a_block_that_cannot_be_compiled_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trial did not show: one line for each such block, and the same numbers."""
+
+    compiled: list[Any] = []
+
+    def fails_later(compute: Any) -> Any:
+        compiled.append(compute)
+
+        def call(*inputs: Any) -> Any:
+            if compute is compiled[0]:  # the trial's
+                return compute(*inputs)
+            raise TorchDynamoException("No room for its shared memory\nand more")
+
+        return call
+
+    objective, clips, drawn = batch_for(small_variant("diffmae"))
+    plain, _ = gradients(objective, clips, drawn)
+    monkeypatch.setattr(torch, "compile", fails_later)
+    assert compile_blocks(objective.model, "cpu", bf16=False) is None
+    with pytest.warns(UserWarning, match="Block stays uncompiled: No room for its shared memory$"):
+        again, _ = gradients(objective, clips, drawn)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in plain.items())
+    assert all(block.compiled is None for block in blocks_of(objective))
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from unveil.data import Samples, open_source
 from unveil.planning import parse_image_size
 from unveil.pretraining import recipe_of
 from unveil.tasks.pretrain import Pretrain
+from unveil.train import Progress
 from unveil.trouble import Step, write_bundle
 
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
@@ -790,3 +791,21 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_that_goes_back_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(options: Any, on_progress: Any) -> dict[str, Any]:
+        for step, loss in (
+            (1, None),  # no loss yet that is a number
+            (5, 2.0),
+            (2, 1.0),
+            (9, 0.5),
+        ):
+            on_progress(Progress("the setup", step, 9, step, loss, 100.0))
+        return {}
+
+    assert cli._training(run)(None) == {}
+    error = capsys.readouterr().err
+    assert error.count("the setup") == 1
+    assert error.count("the run went back to its last save, and on with other draws") == 1
+    assert "9/9" in error

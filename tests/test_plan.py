@@ -301,6 +301,22 @@ def test_shards_divide_what_stays_in_memory() -> None:
     for name in ("weights", "gradients", "optimizer", "averages"):
         assert four[name] == math.ceil(one[name] / 4) > 0
     assert four["activations"] == one["activations"]
+    trainer, _ = trainer_of()
+    block = max(sum(p.nbytes for p in block.parameters()) for block in blocks_of(trainer.model))
+    assert (one["gathered"], plan(Plan(**QUICK, fsdp=True))["memory"]["gathered"]) == (0, 0)
+    assert 3 * block < four["gathered"] < one["weights"] + one["gradients"]
+    assert any(
+        "gathered from the shards" in line for line in cli._tell_plan(plan(Plan(**QUICK, num_devices=4, fsdp=True)))
+    )
+
+
+def test_hours_by_arithmetic_count_what_checkpointing_computes_again() -> None:
+    plain, again = (
+        plan(Plan(**QUICK, peak_tflops=1.0, gradient_checkpointing=checkpointing)) for checkpointing in (False, True)
+    )
+    assert again["time"]["step_seconds"] == pytest.approx(plain["time"]["step_seconds"] * 4 / 3)
+    assert any(line.endswith("the forward pass made twice") for line in cli._tell_plan(again))
+    assert not any("made twice" in line for line in cli._tell_plan(plain))
 
 
 def test_a_model_that_is_too_large_for_this_machine_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

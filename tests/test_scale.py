@@ -1,6 +1,7 @@
 """Several processes train as one does with the same batch."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -68,9 +69,9 @@ def together(run: Callable[[int], Any], world: int = 2, refuses: bool = False) -
     return [results[rank] for rank in range(world)]
 
 
-def losses(out: Path) -> list[float]:
+def losses(out: Path, name: str = "loss") -> list[float]:
     records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record[name] for record in records if name in record]
 
 
 def with_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -83,6 +84,7 @@ def with_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
 def assert_close(a: Path, b: Path) -> None:
     """Two runs that differ by rounding alone: losses, weights, and what they go on from."""
     torch.testing.assert_close(losses(a), losses(b), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(losses(out, "gradient_norm") for out in (a, b)), rtol=1e-4, atol=1e-5)
     files = sorted(path.name for path in a.glob("*.safetensors"))
     assert files == sorted(path.name for path in b.glob("*.safetensors"))
     for file in files:
@@ -229,6 +231,18 @@ def broken_at(rank: int, calls: set[int]) -> type[Objective]:
     return Broken
 
 
+def test_processes_whose_clips_have_other_branches_compute_all_of_them_in_shards(
+    tmp_path: Path, pictures: Path
+) -> None:
+    """Of two clips in a batch one has each branch; a process that left the other's out would wait for ever."""
+    recipe = PHOTO_RECIPES["umd_flow"]
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, batch_size=2, epochs=1))
+    assert go(tmp_path / "alone", pictures, recipe)["finished"]
+    first, _ = together(lambda rank: go(tmp_path / "run", pictures, recipe, fsdp=True))
+    assert first["finished"], first
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_gradient_that_is_no_number_on_one_process_is_skipped_by_all(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool
@@ -307,6 +321,9 @@ def test_processes_blend_and_drop_apart_from_each_other(tmp_path: Path, tuned_al
     tuned(start, tmp_path / "pieces", accumulate=2, **drawn)
     first, _ = together(lambda rank: tuned(start, tmp_path / "run", **drawn))
     assert first["finished"], first
+    with pytest.raises(ValueError, match=r"cut into 2 \(processes x --accumulate\), and now into 1"):
+        tuned(start, tmp_path / "run", **drawn)
+    assert tuned(start, tmp_path / "run", accumulate=2, **drawn)["finished"]
     torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "pieces"), rtol=1e-4, atol=1e-5)
 
 

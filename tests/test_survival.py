@@ -58,16 +58,16 @@ FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["unveil.cli", "torch.distributed.checkpoint"])
 
 
-def _run(out: Path, pictures: Path) -> None:
+def _run(out: Path, pictures: Path, threads: int) -> None:
     """In a process of its own: the run of `uninterrupted`, saving after every step."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # on which the last bits depend
     go(out, pictures, save_minutes=0)
     os._exit(0)
 
 
 def killed(out: Path, pictures: Path, after: float) -> bool:
     """Run, and kill it so many seconds after it has begun to train; whether it was still running."""
-    process = FRESH.Process(target=_run, args=(out, pictures))
+    process = FRESH.Process(target=_run, args=(out, pictures, torch.get_num_threads()))
     before = Saves(out).names()
     process.start()
     while process.is_alive() and Saves(out).names() == before:
@@ -284,6 +284,15 @@ def file_limit() -> Iterator[Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_full_disk_at_the_first_save_says_that_there_is_none(
+    tmp_path: Path, pictures: Path, uninterrupted: Path, file_limit: Any
+) -> None:
+    whole = next((uninterrupted / "checkpoints" / "step-000000018").glob("*.distcp")).stat().st_size
+    file_limit(whole // 10)
+    with pytest.raises(OSError, match=r"Is the disk full\? There is none before it: make room, and begin anew"):
+        go(tmp_path / "run", pictures)
+
+
 def test_a_full_disk_leaves_the_save_before(
     tmp_path: Path, pictures: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, file_limit: Any
 ) -> None:
@@ -340,10 +349,13 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_kept(
     gradient_only: bool,
 ) -> None:
     out = tmp_path / "run"
+    stale = out / BUNDLES / "step-000000008" / "batch-1.safetensors"  # of a second process that the run had before
     broken.at, broken.gradient_only = frozenset({8}), gradient_only
     at_step(monkeypatch, {8: terminate, 7: terminate})
     go(out, pictures, save_minutes=0)
     before = read_save(out)
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
     outcome = go(out, pictures, save_minutes=0)
     assert (outcome["step"], outcome["skipped_steps"], outcome["went_back"]) == (9, 1, 0)
     after = read_save(out)
@@ -495,6 +507,9 @@ def test_a_run_that_goes_back_too_often_stops_with_a_sentence(
         go(out, pictures)
     assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "step-000000004").iterdir()} == saved
     assert Saves(out).names()[-1] == "step-000000004"
+    ended = json.loads((out / "outcome.json").read_text())  # by which scripts know not to start it again
+    assert (ended["finished"], ended["interrupted"]) == (False, None)
+    assert "--blr" in ended["error"]
 
 
 def test_weights_that_become_infinite_are_not_saved(
@@ -537,6 +552,20 @@ def test_a_runs_page_shows_how_it_goes(tmp_path: Path) -> None:
     ):
         assert words in page, words
     assert page.count("<img") >= 6
+
+
+@pytest.mark.parametrize("seconds, painted", [(30.0, 1), (-1.0, 18)])
+def test_quick_saves_paint_nothing(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, painted: int
+) -> None:
+    """A page and a sheet are made so many seconds after the ones before, and at the end."""
+    made: list[Path] = []
+    monkeypatch.setattr("unveil.trainer.REPORT_SECONDS", seconds)
+    monkeypatch.setattr("unveil.trainer.write_training_report", lambda out, *_: made.append(out))
+    sheets: list[Any] = []
+    monkeypatch.setattr("unveil.trainer.save_png", lambda path, image: sheets.append(image))
+    go(tmp_path, pictures, save_minutes=0)
+    assert (len(made), len(sheets)) == (painted, painted)
 
 
 def test_nearest_neighbours_are_asked_while_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

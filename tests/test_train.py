@@ -255,6 +255,15 @@ def test_the_running_average_is_the_stated_one() -> None:
         torch.testing.assert_close(average.module.weight, torch.full((1, 2), expected), rtol=1e-5, atol=1e-5)
 
 
+def test_no_average_waits_for_its_device() -> None:
+    """Where tensors have no values, whoever asked for one would fail."""
+    model = torch.nn.Linear(2, 1, device="meta")
+    average = running_average(model, decay=0.3)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert int(average.n_averaged) == 3
+
+
 # Running to the end, and being interrupted
 
 
@@ -1120,6 +1129,7 @@ def test_problems_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_directory_describes_the_run(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("unveil.trainer.REPORT_SECONDS", -1.0)
     out = tmp_path / "run"
     sheets: list[bytes] = []
     at_step(monkeypatch, {n: lambda: sheets.append((out / "contact_sheet.png").read_bytes()) for n in (1, 2, 3)})

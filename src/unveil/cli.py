@@ -126,8 +126,13 @@ def _training(run: Callable[[Any, Callable[[Progress], None]], dict[str, Any]]) 
             nonlocal bar
             if bar is None:
                 say(f"unveil: {progress.setup}")
+            elif progress.step < bar.n:
+                bar.close()
+                say("unveil: gradients were no numbers; the run went back to its last save, and on with other draws")
+            if bar is None or progress.step < bar.n:
                 bar = tqdm(total=progress.num_steps, initial=progress.step, unit="step", dynamic_ncols=True)
-            bar.set_postfix_str(f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s", refresh=False)
+            loss = "no number" if progress.loss is None else f"{progress.loss:.4f}"
+            bar.set_postfix_str(f"loss {loss}, {progress.images_per_second:.0f} images/s", refresh=False)
             bar.update(progress.step - bar.n)
 
         try:
@@ -479,6 +484,7 @@ def _tell_plan(result: dict[str, Any]) -> Iterator[str]:
         else:
             lines[""] = (
                 f"not measured: by arithmetic at {clock['mfu']:.0%} of {clock['peak_tflops']:g} TFLOPS on each device"
+                f"{', the forward pass made twice' if training['gradient_checkpointing'] else ''}"
             )
     again = "" if not data["in_memory"] else f", {reading['again_per_second']:,.0f} once in memory"
     workers = f"{reading['workers']} workers" if reading["workers"] else "read between the steps"
@@ -488,10 +494,11 @@ def _tell_plan(result: dict[str, Any]) -> Iterator[str]:
     kept = "not counted" if memory["activations"] is None else _size_of(memory["activations"])
     fixed = sum(memory[name] for name in ("weights", "gradients", "optimizer", "averages"))
     limit = "" if memory["limit"] is None else f", of {_size_of(memory['limit'])}"
-    on_device = fixed + (memory["activations"] or 0)
+    on_device = fixed + (memory["activations"] or 0) + memory["gathered"]
+    gathered = f", gathered from the shards {_size_of(memory['gathered'])}" if memory["gathered"] else ""
     lines["memory"] = (
         f"{_size_of(on_device)}{limit}: weights {_size_of(memory['weights'])}, gradients {_size_of(memory['gradients'])}, "
-        f"AdamW {_size_of(memory['optimizer'])}, averages {_size_of(memory['averages'])}, activations {kept}"
+        f"AdamW {_size_of(memory['optimizer'])}, averages {_size_of(memory['averages'])}, activations {kept}{gathered}"
     )
     if memory["pictures"]:
         lines["memory"] += f"; and pictures {_size_of(memory['pictures'])}"

@@ -8,7 +8,6 @@ for epoch in range(epochs):
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,9 +121,10 @@ class Batch(NamedTuple):  # a named tuple, so that a DataLoader can pin it
         return Batch(indices, places, values, labels, [], [], crops)
 
     def pieces(self, number: int) -> "list[Batch]":
-        """The readable samples in so many parts of about equal size, or one for each sample if there are fewer."""
-        size = max(1, math.ceil(len(self.indices) / number))
-        return [self.part(begin, begin + size) for begin in range(0, len(self.indices), size)]
+        """The readable samples in so many parts, of sizes that differ by one at most; one for each if there are fewer."""
+        number = min(number, len(self.indices))
+        cuts = [len(self.indices) * i // number for i in range(number + 1)] if number else []
+        return [self.part(begin, end) for begin, end in itertools.pairwise(cuts)]
 
 
 def check_pixels(data: str, clip: Clip) -> None:

@@ -73,6 +73,15 @@ def static_memory(trainer: Trainer) -> dict[str, int]:
     }
 
 
+def gathered_bytes(trainer: Trainer) -> int:
+    """Bytes that are put together from shards at once, at most: two blocks, as the next one comes while one is computed, the
+    gradient of one, and all that lies outside the blocks, with its gradient.
+    """
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(trainer.model)]
+    outside = sum(p.nbytes for p in trainer.model.parameters()) - sum(blocks)
+    return 2 * outside + 3 * max(blocks, default=0)
+
+
 def file_sizes(trainer: Trainer, recipe: Recipe, images_seen: int) -> dict[str, int]:
     """Bytes of each weights file at the end by name, as `Trainer.save` writes them, if every sample can be read.
 

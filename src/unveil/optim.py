@@ -101,9 +101,10 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
     """An average of the weights whose decay grows to its full value over the first steps: min(decay, (1 + n) / (10 + n))."""
 
     @torch.no_grad()
-    def update(averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
+    def update(averages: Any, currents: Any, _: Tensor | int) -> None:
+        n = float(average.n_averaged)  # on the CPU; the one that is given is on the device, which would be waited for
         weight = 1 - min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(averages), list(currents), weight)  # type: ignore[attr-defined]
 
-    return AveragedModel(model, multi_avg_fn=update)
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average

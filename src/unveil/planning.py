@@ -65,7 +65,8 @@ class TrainingOptions:
     precision: Precision | None = None
     """fp32, or bf16 by autocast. Default: bf16 on cuda, fp32 on a CPU, where small models are no faster in bf16."""
     compile: bool = False
-    """Compile the transformer blocks with torch.compile, half a minute at the start; without a compiler, say so and go on."""
+    """Compile the transformer blocks with torch.compile, in the first step, for half a minute or more. Without a compiler
+    it says so and goes on."""
     save_minutes: float = 2.0
     """Minutes between saves, which also refresh the contact sheet and report.html."""
     keep: int = 2

@@ -256,8 +256,9 @@ def check_same_run(out: Path, config: dict[str, Any]) -> None:
         )
     if "pieces" in before and before["pieces"] != config.get("pieces"):
         raise ValueError(
-            f"{out} holds a run with --accumulate {before['pieces']}, which decides what is blended and which paths are "
-            "dropped. Give the same, or choose another directory."
+            f"{out} holds a run whose batches are cut into {before['pieces']} (processes x --accumulate), and now into "
+            f"{config.get('pieces')}; that decides what is blended and which paths are dropped. Give as many, or choose "
+            "another directory."
         )
 
 

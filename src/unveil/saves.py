@@ -110,9 +110,13 @@ class Saves:
         except (Exception, CheckpointException) as error:
             if self.first:
                 shutil.rmtree(part, ignore_errors=True)
+            left = (
+                "The save before it is whole: make room, and the same command goes on from there."
+                if self.names()
+                else "There is none before it: make room, and begin anew."
+            )
             raise OSError(
-                f"{self.folder / name} could not be written ({_first_line(error)}). Is the disk full? The save before it is "
-                "whole: make room, and the same command goes on from there."
+                f"{self.folder / name} could not be written ({_first_line(error)}). Is the disk full? {left}"
             ) from None
         for old in self.names()[: -self.keep]:
             shutil.rmtree(self.folder / old, ignore_errors=True)

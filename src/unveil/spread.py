@@ -57,6 +57,12 @@ class Spread:
         """A second way for the same processes to talk, for a thread whose words must not mix with those of the first."""
         return dist.new_group(backend="gloo", timeout=WAIT) if self.world > 1 else None
 
+    def is_alone(self, error: RuntimeError) -> bool:
+        """Whether an error says that another process is gone."""
+        if self.world == 1:
+            return False
+        return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
     def sum(self, *numbers: int) -> list[int]:
         """The sums over all processes, made without the devices, which go on meanwhile."""
         if self.world == 1:

@@ -1,5 +1,6 @@
 """The training loop: steps, what is told of them, saves, and what several processes do together."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -105,6 +106,7 @@ def run_job(
         "start": run.start,
         "classes": list(run.classes),
         "run": {k: str(v) for k, v in dataclasses.asdict(run).items()},
+        "processes": spread.world,
         "version": __version__,
     }
     check_same_run(run.out, config)  # before the lock, whose file would litter somebody's directory
@@ -122,8 +124,25 @@ def run_job(
         if resumed and not spread.gather(first and trainer.has_weights(), None)[0]:
             trainer.save(final=trainer.step == trainer.num_steps)
         metrics = Metrics(run.out, trainer.step, run.wandb, config) if first else None
+        if first and not _said_finished(run.out):
+            (run.out / OUTCOME).unlink(missing_ok=True)  # of the call before
         try:
             outcome = _loop(trainer, metrics, interrupted, on_progress if first else None)
+        except RuntimeError as error:
+            if spread.is_alone(error):
+                raise ValueError(
+                    f"Another process of this run has ended. The last save in {run.out} is whole, and the same command goes on "
+                    "from there."
+                ) from None
+            raise
+        except (ValueError, OSError) as error:
+            if first:
+                ended = {"out": str(run.out), "finished": False, "interrupted": None, "error": str(error)}
+                with contextlib.suppress(OSError):  # the disk may be full
+                    write_atomically(
+                        run.out / OUTCOME, lambda part: part.write_text(json.dumps(ended, indent=2) + "\n")
+                    )
+            raise
         finally:
             if metrics is not None:
                 metrics.close()
@@ -189,13 +208,16 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
     unreadable = 0  # batches in a row without a readable clip
     stopped = False
     training = job.training
+    compiled = f"; not compiled, as this machine cannot: {eager}" if eager else ""
+    if run.compile and eager is None:
+        compiled = "; the blocks are compiled in the first step, which takes a while"
     over = f" over {spread.world} processes" if spread.world > 1 else ""
     begun = f"going on from step {first_step:,} of {trainer.num_steps:,}; " if first_step else ""
     whole = ", all of the data" if training.batch_size == len(trainer.samples) else ""
     setup = (
         f"{begun}{training.epochs:,} epochs of {trainer.steps_per_epoch:,} steps; batches of {training.batch_size:,}{over}"
         f"{whole}; learning rate {training.base_lr:g} x {training.batch_size} / 256 = {training.lr:.3g}"
-        f"{'' if eager is None else f'; not compiled, as this machine cannot: {eager}'}"
+        f"{compiled}"
     )
 
     def write(numbers: dict[str, float]) -> None:
@@ -259,7 +281,12 @@ def _loop(trainer: Trainer, metrics: Metrics | None, interrupted: list[int], on_
                     weight = spread.world * len(clips) / readable if piece.indices[0] >= 0 else 0.0
                     with (
                         job.randomness(trainer.named(trainer.step), spread.rank * run.accumulate + number),
-                        torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"),
+                        torch.autocast(
+                            device.type,
+                            torch.bfloat16,
+                            enabled=run.precision == "bf16",
+                            cache_enabled=not trainer.in_shards,  # it would keep a copy of every weight that is gathered
+                        ),
                         _apart(share, number + 1 < len(pieces)),
                     ):
                         part = share(clips, drawn, weight)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import datetime
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,11 +27,11 @@ from unveil.saves import SAVES, Saves
 from unveil.sharding import kept, local, shard
 from unveil.spread import Spread
 from unveil.training_report import write_training_report
-from unveil.trouble import BUNDLES, MAX_BUNDLES, MAX_RESTARTS, Step, write_bundle
+from unveil.trouble import BUNDLES, MAX_BUNDLES, MAX_RESTARTS, Step, bundle_name, write_bundle
 
 SHEET_SAMPLES = 8
 OLD_STATE = "state.pt"  # of Unveil 0.1
-REPORT_SECONDS = 30.0  # between two makings of a run's page, which take about one
+REPORT_SECONDS = 30.0  # between two makings of a run's page and sheet, which take about one
 OTHER_DRAWS = 1_000_000  # what a run that went back adds to its epochs and steps where they name draws
 
 
@@ -268,16 +269,19 @@ class Trainer:
         it is all on the disk.
 
         Args:
-            final: whether the run ends or is interrupted here; its page is not made at every one of many quick saves.
+            final: whether the run ends or is interrupted here; page and sheet are not made at every one of many quick saves.
 
         Raises:
             NotFinite: the weights are no numbers, so nothing was written.
         """
         out = self.run.out
         self.check_weights()
-        for problems, notes in self.spread.gather((self.problems, self.notes), None):
+        due = final or time.perf_counter() - self.last_report > REPORT_SECONDS
+        told = self.spread.gather((self.problems, self.notes, due), None)
+        for problems, notes, _ in told:
             self.problems |= problems
             self.notes |= notes
+        due = told[0][-1]  # by the first process's clock
         if self.spread.rank and not self.in_shards:
             return
         facts = {
@@ -290,8 +294,10 @@ class Trainer:
             "problems": self.problems,
             "notes": self.notes,
         }
-        with self.shown() as model:
-            sheet = None if model is None else self.paint_sheet(model)
+        sheet = None
+        if due:
+            with self.shown() as model:
+                sheet = None if model is None else self.paint_sheet(model)
         first = not self.spread.rank
         about = self.about(average=False)
         decays = self.job.training.ema_decays
@@ -301,8 +307,8 @@ class Trainer:
             weights = kept(average.module, first)  # type: ignore[arg-type]
             files.append((out / name, weights, dataclasses.replace(about, ema_decay=decay)))
 
-        shown = self.facts(final) if final or time.perf_counter() - self.last_report > REPORT_SECONDS else None
-        self.last_report = time.perf_counter() if shown else self.last_report
+        shown = self.facts(final) if due else None
+        self.last_report = time.perf_counter() if due else self.last_report
 
         def then() -> None:
             for path, weights, said in files:
@@ -437,6 +443,9 @@ class Trainer:
         if len(self.skipped) > MAX_BUNDLES:
             return
         weights = kept(self.model, not self.spread.rank) if self.in_shards or not self.spread.rank else {}
+        if not self.spread.rank:  # it may be a step that was made before, by other processes or with other draws
+            shutil.rmtree(self.run.out / BUNDLES / bundle_name(step), ignore_errors=True)
+        self.spread.wait()
         about = dataclasses.replace(self.about(average=False), step=step.number)
         write_bundle(
             self.run.out,

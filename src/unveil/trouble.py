@@ -88,6 +88,11 @@ class Health:
         return losses[made].mean().item(), norms[made].mean().item(), skipped
 
 
+def bundle_name(step: Step) -> str:
+    """Of a skipped step's folder."""
+    return f"step-{step.number:09d}"
+
+
 def write_bundle(
     out: Path,
     step: Step,
@@ -103,7 +108,7 @@ def write_bundle(
         save_model: writes the weights, which the step left as they were, to a path.
         facts: the run's seed, precision and device, for a replay.
     """
-    folder = out / BUNDLES / f"step-{step.number:09d}"
+    folder = out / BUNDLES / bundle_name(step)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         save_model(folder / WEIGHTS)

@@ -350,7 +350,7 @@ def finetune(options: Finetune, on_progress: Callable[[Progress], None] | None =
     outcome = run_job(
         make, to_dict(recipe), samples, run, on_progress, recognition=to_dict(recognition),
         test=options.test_data or "a fifth", digest=_digest(source, truth, test, test_truth),
-        pieces=options.accumulate if training.mixup or training.cutmix or training.drop_path else None,
+        pieces=world * options.accumulate if training.mixup or training.cutmix or training.drop_path else None,
     )  # fmt: skip
     if "rank" in outcome:
         return outcome

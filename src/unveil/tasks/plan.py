@@ -20,6 +20,7 @@ from unveil.measuring import (
     Activations,
     activations,
     file_sizes,
+    gathered_bytes,
     outline,
     read_some,
     save_size,
@@ -204,7 +205,9 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
     cost = masked_step(recipe)
     static = static_memory(sketch)
     fixed = sum(static.values())  # of a process that has all of it, as this one
-    if options.fsdp:
+    gathered = 0
+    if options.fsdp and options.num_devices > 1:
+        gathered = gathered_bytes(sketch)
         static = {name: math.ceil(nbytes / options.num_devices) for name, nbytes in static.items()}
     parameters = _parameters(sketch.model)
     files, save = file_sizes(sketch, recipe, images), save_size(sketch)
@@ -237,7 +240,8 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
     step: float | None = None
     mfu = options.mfu or USUAL_MFU
     if options.peak_tflops is not None:
-        step = cost.train_flops * batch / (options.peak_tflops * 1e12 * mfu * options.num_devices)
+        made = cost.train_flops * (4 / 3 if run.gradient_checkpointing else 1)  # a backward pass is two forward ones
+        step = made * batch / (options.peak_tflops * 1e12 * mfu * options.num_devices)
     elif timed is not None:
         updating = timed["update_seconds"]
         step = updating + (timed["step_seconds"] - updating) / options.num_devices
@@ -267,6 +271,7 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
         "training": {
             "batch_size": batch,
             "accumulate": run.accumulate,
+            "gradient_checkpointing": run.gradient_checkpointing,
             "num_devices": options.num_devices,
             "clips_at_once": piece,
             "base_lr": training.base_lr,
@@ -305,6 +310,7 @@ def plan(options: Plan, on_progress: Callable[[str], None] | None = None) -> dic
             "activations": None if kept is None else kept.of(piece),
             "activations_fixed": None if kept is None else kept.fixed,
             "activations_per_clip": None if kept is None else kept.per_clip,
+            "gathered": gathered,
             "pictures": cached,
             "limit": limit,
         },
@@ -344,7 +350,7 @@ def _advice(
             f"A batch of {wanted:,} is larger than the data; it is {training['batch_size']:,}, and the rate with it."
         )
     if kept is not None and memory["limit"] is not None:
-        fixed = sum(memory[name] for name in ("weights", "gradients", "optimizer", "averages"))
+        fixed = sum(memory[name] for name in ("weights", "gradients", "optimizer", "averages", "gathered"))
         fixed += memory["pictures"] if on_cpu else 0
         limit = MEMORY_SHARE * memory["limit"]
         if fixed + memory["activations"] > limit:

@@ -1,5 +1,6 @@
 """Looks into a step that a run skipped because its loss or gradient was no number."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def replay(options: Replay) -> dict[str, Any]:
         raise ValueError(
             f"{options.bundle} holds no skipped step ({type(error).__name__}: {error}). Give one below {BUNDLES}/ of a run."
         ) from None
+    ends = list(itertools.accumulate(len(clips) for clips, *_ in parts))
+    of_each = [list(range(begin, end)) for begin, end in itertools.pairwise([0, *ends])]
     clips, labels, indices, places = (torch.cat(values) for values in zip(*parts, strict=True))
     if read_recognition(options.bundle) is not None:
         raise ValueError(
@@ -79,8 +82,11 @@ def replay(options: Replay) -> dict[str, Any]:
 
     def told(precision: str) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
-        loss = loss_of(list(range(len(clips))), precision)
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for rows in of_each:  # process, as one device may not hold what all of them held
+            part = loss_of(rows, precision) * (len(rows) / len(clips))
+            part.backward()
+            loss += part.detach()
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         with torch.no_grad():
             alone = [loss_of([row], precision) for row in range(len(clips))]
