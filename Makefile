@@ -11,7 +11,8 @@ WORKERS ?= 2
 # Relative, so that the path of the checkout may contain spaces; modules instead of scripts for the same reason.
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c "$(CONSTRAINTS)"
+# Not compiled: what is imported is compiled then, and most of it never is.
+PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile -c "$(CONSTRAINTS)"
 
 # One thread per process: two processes of two threads on two cores are five to nine times slower, as the threads spin.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)

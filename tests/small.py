@@ -124,6 +124,18 @@ def small_variant(variant: str) -> Recipe:
     return small(name, **{**arguments, **sizes})
 
 
+def networks() -> list[str]:
+    """One variant for each set of parameters, of those that differ in masks, noise or losses alone."""
+    found: dict[Any, str] = {}
+    for variant in EVERY:
+        with torch.device("meta"):
+            model = MaskedDiffusionAutoencoder(small_variant(variant))
+        recipe = model.recipe
+        key = tuple((name, p.shape) for name, p in model.named_parameters()), len(recipe.branches), recipe.noise_on
+        found.setdefault(key, variant)
+    return list(found.values())
+
+
 def build(recipe: Recipe, seed: int = 0, spread: float = 0.05) -> MaskedDiffusionAutoencoder:
     """A model with every parameter moved by N(0, spread), so that no path is silent because it starts at zero."""
     with torch.random.fork_rng(devices=[]):

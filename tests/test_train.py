@@ -554,8 +554,9 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how, workers", [(signal.SIGKILL, "0"), (signal.SIGKILL, "2"), (signal.SIGTERM, "2"), (signal.SIGINT, "0")]
+)
 def test_a_killed_process_is_taken_up_again(
     tmp_path: Path, digits_run: Path, how: signal.Signals, workers: str
 ) -> None:
