@@ -11,7 +11,9 @@ WORKERS ?= 2
 # Relative, so that the path of the checkout may contain spaces; modules instead of scripts for the same reason.
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Not compiled: what is imported is compiled then, and most of it never is.
+# Not compiled: what is imported is compiled then, and most of it never is. It must be kept, though: without, every process
+# of the tests compiles torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile -c "$(CONSTRAINTS)"
 
 # One thread per process: two processes of two threads on two cores are five to nine times slower, as the threads spin.
