@@ -251,7 +251,10 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     on_gpu = device.startswith("cuda")
     precision: Precision = options.precision or ("bf16" if on_gpu else "fp32")
-    cases = cases_of(options)
+    try:
+        cases = cases_of(options)
+    except ValueError as error:
+        sys.exit(f"gpu: {error}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     peaks: dict[str, float] = {}
     known = peak_of(torch.cuda.get_device_name(device)) if on_gpu else None

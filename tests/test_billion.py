@@ -118,3 +118,12 @@ def test_opening_and_the_order_are_measured(tmp_path: Path) -> None:
     assert opened["cpu_seconds"] > 0
     order = billion.measure_order(2_000_000, batch_size=1000, batches=4)
     assert all(order[name] > 0 for name in ("first_batch_seconds", "middle_batch_seconds", "other_batch_seconds"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"samples": 0}, {"passes": 0}, {"mfu": 0.0}, {"mfu": 5.0}, {"runs": (("L/16", 0),)}, {"runs": (("L/16", -2),)}],
+)
+def test_what_cannot_be_refuses(asked: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit, match="at least 1"):
+        billion.main(billion.Options(**asked))

@@ -131,8 +131,8 @@ def run_job(
         except RuntimeError as error:
             if spread.is_alone(error):
                 raise ValueError(
-                    f"Another process of this run has ended. The last save in {run.out} is whole, and the same command goes on "
-                    "from there."
+                    f"Another process of this run has ended ({str(error).splitlines()[0]}). The last save in {run.out} is "
+                    "whole, and the same command goes on from there."
                 ) from None
             raise
         except (ValueError, OSError) as error:

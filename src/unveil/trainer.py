@@ -151,15 +151,16 @@ class Trainer:
         return model
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[nn.Module | None]:
+    def shown(self, weights: dict[str, Tensor] | None = None) -> Iterator[nn.Module | None]:
         """The model for use, to be looked at by the first process; the others have None.
 
-        Shards are put together for it by all of them, on the CPU but while it is looked at.
+        Shards are put together for it by all of them, on the CPU but while it is looked at; weights: they have been already.
         """
         if not self.in_shards:
             yield None if self.spread.rank else self.in_use.eval()
         else:
-            weights = kept(self.in_use, keep=self.put_together is not None)
+            if weights is None:
+                weights = kept(self.in_use, keep=self.put_together is not None)
             if self.put_together is None:
                 yield None
             else:
@@ -176,9 +177,8 @@ class Trainer:
     def pieces(self, batch: Batch) -> list[Batch]:
         """What a step computes one after another: all parts of a batch, and clips that count nothing where others wait."""
         pieces = batch.pieces(self.run.accumulate)
-        needed = (
-            self.run.accumulate if self.in_shards else 1
-        )  # shards come together in every piece, so all make as many
+        # Shards come together in every piece, so all processes make as many.
+        needed = self.run.accumulate if self.in_shards else 1
         return pieces + [self.stand_in()] * (needed - len(pieces))
 
     def named(self, number: int) -> int:
@@ -294,10 +294,6 @@ class Trainer:
             "problems": self.problems,
             "notes": self.notes,
         }
-        sheet = None
-        if due:
-            with self.shown() as model:
-                sheet = None if model is None else self.paint_sheet(model)
         first = not self.spread.rank
         about = self.about(average=False)
         decays = self.job.training.ema_decays
@@ -306,6 +302,10 @@ class Trainer:
             name = WEIGHTS if i == 0 else f"ema-{decay:g}.safetensors"
             weights = kept(average.module, first)  # type: ignore[arg-type]
             files.append((out / name, weights, dataclasses.replace(about, ema_decay=decay)))
+        sheet = None
+        if due:
+            with self.shown(files[1 if decays else 0][1]) as model:
+                sheet = None if model is None else self.paint_sheet(model)
 
         shown = self.facts(final) if due else None
         self.last_report = time.perf_counter() if due else self.last_report
@@ -442,7 +442,7 @@ class Trainer:
         self.skipped.append(step.number)
         if len(self.skipped) > MAX_BUNDLES:
             return
-        weights = kept(self.model, not self.spread.rank) if self.in_shards or not self.spread.rank else {}
+        weights = kept(self.model, not self.spread.rank)
         if not self.spread.rank:  # it may be a step that was made before, by other processes or with other draws
             shutil.rmtree(self.run.out / BUNDLES / bundle_name(step), ignore_errors=True)
         self.spread.wait()

@@ -104,6 +104,6 @@ def replay(options: Replay) -> dict[str, Any]:
         "precision": facts["precision"],
         "as_it_was": told(facts["precision"]),
         "in_fp32": told("fp32"),
-        "same_noise": not noisy or torch.device(facts.get("device", "cpu")).type == torch.device(device).type,
+        "same_noise": not noisy or torch.device(facts["device"]).type == torch.device(device).type,
         "bad_input": [int(index) for index, is_bad in zip(indices, outside, strict=True) if is_bad],
     }
