@@ -17,7 +17,8 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-compile -c "$(CONSTRAINTS)"
 
 # One thread per process: two processes of two threads on two cores are five to nine times slower, as the threads spin.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+# worksteal keeps the tests of a file, and what they share, in one process.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all lint format install constraints clean
 

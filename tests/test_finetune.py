@@ -533,6 +533,7 @@ def test_scores_of_labels_and_numbers() -> None:
 # Runs
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_leaves_weights_numbers_and_a_page(tmp_path: Path, run: Path) -> None:
     result = tuned(run, tmp_path / "out", epochs=3, ema_decays=(0.5,))
     out = tmp_path / "out"

@@ -114,6 +114,16 @@ def test_sizes_without_a_batch_size_each_refuse() -> None:
         gpu.cases_of(gpu.Options(batch_sizes=(8,)))
 
 
+@pytest.mark.parametrize(
+    "asked, told",
+    [({"rounds": 0}, "at least 1"), ({"batch_sizes": (8, -1)}, "at least 1"), ({"batch_sizes": (8,)}, "for each")],
+)
+def test_what_cannot_be_measured_refuses_and_writes_nothing(asked: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=told):
+        gpu.main(gpu.Options(**asked, device="cpu", out=tmp_path / "made" / "gpu.json"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_are_a_row_before_what_is_compiled() -> None:
     cases = gpu.cases_of(gpu.Options(data="photos"))
     order = [(case.what == "data", case.compiled) for case in cases]

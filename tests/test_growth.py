@@ -89,6 +89,15 @@ def test_the_script_runs_and_writes_what_it_measured(tmp_path: Path) -> None:
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "asked", [{"image_sizes": (16, 24, 32)}, {"batch_sizes": (1, 2)}, {"encoder_depths": (1,)}, {"decoder_depths": ()}]
+)
+def test_too_few_points_are_refused_before_anything_is_measured(asked: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs 4 points or more"):
+        growth.main(growth.Options(**{**SMALL, **asked}, out=tmp_path / "growth.json"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_fresh_processes(tmp_path: Path) -> None:
     """A case's peak does not depend on those before it, and grows with the batch."""

@@ -79,6 +79,7 @@ def tuned(run: Path, data: Path, out: Path, **options: Any) -> dict[str, Any]:
 # Names
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("names", [("$\\foo", "b$_$"), ("^_$", "x" * 200), (os.fsdecode(b"caf\xe9"), "tea")])
 def test_any_name_of_a_class_reaches_the_report(tmp_path: Path, run: Path, names: tuple[str, str]) -> None:
     result = tuned(run, folders(tmp_path / "data", names), tmp_path / "out")

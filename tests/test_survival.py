@@ -536,6 +536,7 @@ def test_going_back_before_the_first_save_is_to_the_start(
 # The page
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_runs_page_shows_how_it_goes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     cli.main(["pretrain", "--data", "digits:train", "--out", str(out), "--epochs", "2", "--batch-size", "100"])

@@ -541,8 +541,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 
 def digits_command(out: Path, *words: str) -> list[str]:
-    """A run of 75 steps that saves every few of them."""
-    settings = "pretrain --data digits:test --epochs 5 --batch-size 24 --blr 0.02 --save-minutes 0.002 --out"
+    """A run of 45 steps that saves every few of them."""
+    settings = "pretrain --data digits:test --size Nano/4 --epochs 3 --batch-size 24 --blr 0.02 --save-minutes 0.004 --out"
     return [*settings.split(), str(out), *words]
 
 
@@ -566,7 +566,7 @@ def test_a_killed_process_is_taken_up_again(
     process.send_signal(how)
     process.wait(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 0, signal.SIGINT: 130}[how]
-    assert 0 < read_save(run)["facts"]["step"] < 75
+    assert 0 < read_save(run)["facts"]["step"] < 45
     assert len([*run.glob(".*.part"), *run.glob("checkpoints/.*.part")]) <= 2 * (how == signal.SIGKILL)
     cli.main(digits_command(run, "--workers", workers))
     assert_same_run(run, digits_run)

@@ -94,8 +94,9 @@ def curve(
     """Lines of (x, y) by name as a PNG."""
     from matplotlib.figure import Figure  # heavy, and only a page needs it
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(6, 3.2))
+    # Fixed: a layout that fits the labels draws all of it twice, and there are several curves at every save.
+    axes = figure.add_axes((0.16, 0.16, 0.81, 0.76))
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=3)
     if log_x:
