@@ -452,7 +452,9 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         Image.fromarray(values).save(target)
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
     monkeypatch.setattr("unveil.sheet.SHEET_STEPS", 5)
-    monkeypatch.setattr("unveil.tasks.bench._peak_memory", lambda *arguments: 1)  # of a process each, which test_bench has
+    monkeypatch.setattr(
+        "unveil.tasks.bench._peak_memory", lambda *arguments: 1
+    )  # of a process each, which test_bench has
     monkeypatch.chdir(tmp_path)
     for command in readme_commands():
         if command.startswith("replay"):

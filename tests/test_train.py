@@ -542,7 +542,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 def digits_command(out: Path, *words: str) -> list[str]:
     """A run of 45 steps that saves every few of them."""
-    settings = "pretrain --data digits:test --size Nano/4 --epochs 3 --batch-size 24 --blr 0.02 --save-minutes 0.004 --out"
+    settings = (
+        "pretrain --data digits:test --size Nano/4 --epochs 3 --batch-size 24 --blr 0.02 --save-minutes 0.004 --out"
+    )
     return [*settings.split(), str(out), *words]
 
 
