@@ -767,8 +767,8 @@ def test_a_failure_of_one_process_ends_the_other(tmp_path: Path, unconditional: 
         "def full(*_):\n"
         "    raise OSError('no room for the second')\n"
         "if os.environ['RANK'] == '1':\n"
-        "    assert callable(gallery.save_clip)\n"
-        "    gallery.save_clip = full\n"
+        "    assert callable(gallery.save_pixels)\n"
+        "    gallery.save_pixels = full\n"
         "cli.main(sys.argv[1:])\n"
     )
     begin = time.monotonic()

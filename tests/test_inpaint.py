@@ -12,8 +12,9 @@ from PIL import Image
 from small import build, generator, small
 
 from unveil.checkpoint import WEIGHTS, About, save_weights
+from unveil.painting import shrink_around
 from unveil.recipe import Recipe
-from unveil.tasks.inpaint import Inpaint, _shrink_around, inpaint
+from unveil.tasks.inpaint import Inpaint, inpaint
 
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
 Result = dict[str, Any]
@@ -78,8 +79,12 @@ def test_visible_pixels_are_kept_bit_for_bit(
     run = run_of(channels=channels)
     result = go(run, source, tmp_path / "out", mask=mask(tmp_path / "mask.png", hole), sampler=sampler)
     files = result["pictures"][0]["files"]
-    assert list(files) == ["masked", *PAINTED]
+    assert list(files) == ["masked", *PAINTED, "disagreement"]
     before = read(source)
+    apart = read(files.pop("disagreement"))
+    assert apart.shape == (*size, 3)
+    assert not apart[~hole].sum() > (~hole).sum() * 3 * 3  # inferno's darkest is nearly black
+    assert apart[hole].max() > 20
     for label, path in files.items():
         after = read(path)
         assert after.shape == before.shape
@@ -143,7 +148,7 @@ def test_a_flat_picture_with_something_under_the_mask_becomes_flat(size: tuple[i
     """What the model sees of a picture of one colour is that colour, whatever is to be painted over."""
     hole = torch.from_numpy(hole_of(*size))[None]
     clip = torch.where(hole, torch.rand(3, 1, *size, generator=generator()), torch.tensor(0.7))
-    seen = _shrink_around(clip, hole, 16, 16)
+    seen = shrink_around(clip, hole, 16, 16)
     visible = ~F.adaptive_max_pool2d(hole.float(), (16, 16)).bool()
     torch.testing.assert_close(seen[:, visible], torch.full_like(seen[:, visible], 0.7), rtol=0, atol=1e-5)
 
@@ -151,7 +156,7 @@ def test_a_flat_picture_with_something_under_the_mask_becomes_flat(size: tuple[i
 def test_without_a_hole_shrinking_is_plain_resizing() -> None:
     clip = torch.rand(3, 1, 40, 23, generator=generator())
     expected = F.interpolate(clip.transpose(0, 1), (16, 16), mode="bicubic", antialias=True).clamp(0, 1).transpose(0, 1)
-    seen = _shrink_around(clip, torch.zeros(1, 40, 23, dtype=torch.bool), 16, 16)
+    seen = shrink_around(clip, torch.zeros(1, 40, 23, dtype=torch.bool), 16, 16)
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
 
 
@@ -195,8 +200,8 @@ def test_nothing_hidden_returns_the_picture_with_a_notice(tmp_path: Path, run_of
         for text in (str(nothing), "random:0", "center:0"):
             result = go(run, source, tmp_path / "out", mask=text)
             assert any("hides nothing" in notice for notice in result["notices"])
-            for path in result["pictures"][0]["files"].values():
-                assert np.array_equal(read(path), read(source))
+            for label, path in result["pictures"][0]["files"].items():
+                assert label == "disagreement" or np.array_equal(read(path), read(source))
 
 
 @pytest.mark.parametrize("text", ["random:1", "center:1", "file"])
@@ -323,16 +328,21 @@ def test_a_bad_picture_is_skipped_and_only_bad_ones_refuse(tmp_path: Path, run_o
     assert any(notice.startswith("Skipped note.txt: ") for notice in result["notices"])
 
 
-def test_gray_and_colour_are_converted_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
-    colour, gray = picture(tmp_path / "c.png"), picture(tmp_path / "g.png", channels=1)
-    result = go(run_of(channels=1), colour, tmp_path / "a")
-    assert any("grey" in notice for notice in result["notices"])
-    assert read(result["pictures"][0]["files"]["prediction"]).shape == (16, 16)
-    result = go(run_of(channels=3), gray, tmp_path / "b")
-    files = result["pictures"][0]["files"]
-    assert any("grey" in notice for notice in result["notices"])
-    visible = (read(files["masked"]) != 128).any(-1)
-    assert np.array_equal(read(files["prediction"])[visible], np.repeat(read(gray)[visible][:, None], 3, 1))
+def test_a_picture_keeps_its_colours_beside_what_a_grey_model_paints(
+    tmp_path: Path, run_of: Callable[..., Path]
+) -> None:
+    """And a grey one stays grey in the hands of a model of colours."""
+    hole = hole_of(16, 16)
+    path = mask(tmp_path / "m.png", hole)
+    for channels, other in ((1, 3), (3, 1)):
+        before = read(source := picture(tmp_path / f"{other}.png", channels=other))
+        files = go(run_of(channels=channels), source, tmp_path / "out", mask=path)["pictures"][0]["files"]
+        for label in PAINTED:
+            after = read(files[label])
+            assert after.shape == before.shape
+            assert np.array_equal(after[~hole], before[~hole])
+            assert not np.array_equal(after[hole], before[hole])
+            assert after.ndim == 2 or (after[hole] == after[hole][:, :1]).all()
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, run_of: Callable[..., Path]) -> None:
@@ -341,7 +351,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, run_of
         picture(tmp_path / "in" / name, seed=i)
     result = go(run_of(), tmp_path / "in", tmp_path / "out", mask="center")
     written = [path for p in result["pictures"] for path in p["files"].values()]
-    assert len(set(written)) == len(written) == 4 * len(names)
+    assert len(set(written)) == len(written) == 5 * len(names)
     for p in result["pictures"]:
         assert np.array_equal(read(p["files"]["prediction"])[0], read(tmp_path / "in" / p["picture"])[0])
 

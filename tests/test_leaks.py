@@ -563,7 +563,7 @@ def test_known_pixels_inside_a_hidden_token_are_told_at_every_step(name: str) ->
     clips, holes = clips_for(model.recipe, 2), torch.zeros(2, 1, 16, 16, dtype=torch.bool)
     holes[:, :, 5:7, 5:7] = True  # inside one token of 4 x 4
     seen: list[Tensor] = []
-    result = repaint(model, clips, holes, num_steps=3, on_step=lambda t, x0: seen.append(x0.clone()))
+    result = repaint(model, clips, holes, num_steps=3, on_step=lambda step: seen.append(step.tokens.clone()))
     assert len(seen) == 3
     truth = model.tokens(clips)[:, 5:6]
     known = torch.ones(4, 4, 3, dtype=torch.bool)
@@ -639,7 +639,7 @@ def test_predict_is_one_step() -> None:
     model = painter("cross_self")
     clips, holes = clips_for(model.recipe, 2), token_holes(small(), 2, 9)
     at: list[int] = []
-    result = repaint(model, clips, holes, num_steps=1, sampler="ddim", on_step=lambda t, x0: at.append(t), seed=3)
+    result = repaint(model, clips, holes, num_steps=1, sampler="ddim", on_step=lambda step: at.append(step.t), seed=3)
     assert at == [1000]
     assert torch.equal(predict(model, clips, holes, seed=3), result[:, 0])
 

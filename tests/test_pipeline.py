@@ -206,7 +206,7 @@ def test_ddpm_goes_over_each_step_ten_times_where_something_is_known(variant: st
     for known, sampler, calls in ((True, "ddpm", 31), (False, "ddpm", 4), (True, "ddim", 4), (True, "dpmpp", 4)):
         holes[..., :3] = not known
         seen: list[float] = []
-        repaint(model, clips, holes, num_steps=4, sampler=sampler, on_step=lambda t, _, seen=seen: seen.append(t))
+        repaint(model, clips, holes, num_steps=4, sampler=sampler, on_step=lambda step, seen=seen: seen.append(step.t))
         assert len(seen) == calls
         assert len(set(seen)) == 4
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small import generator
 
-from unveil.report import CAPTION, MARGIN, Page, contact_sheet, curve, save_clip, save_png, to_image
+from unveil.report import CAPTION, MARGIN, Page, contact_sheet, curve, save_png, to_image
 
 
 def clips(n: int, channels: int = 3, frames: int = 1, height: int = 8, width: int = 8) -> list[torch.Tensor]:
@@ -78,30 +78,6 @@ def test_png_is_written_whole(tmp_path: Path) -> None:
     with Image.open(tmp_path / "new" / "sheet.png") as read:
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), np.asarray(image))
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
-def test_a_clip_is_written_without_losing_a_bit(tmp_path: Path, channels: int, frames: int, dtype: torch.dtype) -> None:
-    """As PNG where PNG can hold it, animated if it has frames, and as an array where not."""
-    top = {torch.uint8: 256, torch.int32: 65536, torch.float32: 2**20}[dtype]
-    clip = torch.randint(0, top, (channels, frames, 5, 7), generator=generator()).to(dtype)
-    path = save_clip(tmp_path / "clip.png", clip)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    png = channels in (1, 3, 4) if dtype == torch.uint8 else dtype == torch.int32 and channels == frames == 1
-    assert path.suffix == (".png" if png else ".npy")
-    if png:
-        with Image.open(path) as image:
-            assert getattr(image, "n_frames", 1) == frames
-            read = []
-            for frame in range(frames):
-                image.seek(frame)
-                read.append(np.asarray(image).reshape(5, 7, channels))
-        values = np.stack(read)
-    else:
-        values = np.load(path).reshape(frames, 5, 7, channels)
-    assert np.array_equal(values, clip.permute(1, 2, 3, 0).numpy())
 
 
 @pytest.mark.parametrize("log_x", [False, True])

@@ -15,6 +15,7 @@ _HOMES = {
     "save_pretrained": "pretrained",
     "push_to_hub": "pretrained",
     "load_model": "checkpoint",
+    "InpaintPipeline": "inpainting",
     "repaint": "pipeline",
     "generate": "pipeline",
     "pretrain": "api",

@@ -4,6 +4,7 @@ from unveil.api import predict as predict
 from unveil.api import pretrain as pretrain
 from unveil.api import probe as probe
 from unveil.checkpoint import load_model as load_model
+from unveil.inpainting import InpaintPipeline as InpaintPipeline
 from unveil.pipeline import generate as generate
 from unveil.pipeline import repaint as repaint
 from unveil.pretrained import create_model as create_model

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from unveil.checkpoint import write_atomically
 from unveil.config import Clip
-from unveil.report import contact_sheet, save_clip, save_png
+from unveil.originals import save_pixels
+from unveil.report import contact_sheet, save_png
 
 LINES, FRAMES = 10, 10  # of a grid, and side by side in one of its lines
 CLAIM = ".generating"  # lies in the directory while a run writes there
@@ -138,7 +139,8 @@ class Made:
         values = (clips.cpu() * 255).round().to(torch.uint8) if self.clip.bounded else clips.cpu()
         for number, value in zip(numbers, values, strict=True):
             if self.options.files:
-                save_clip(self.options.out / f"{self.options.first + number:05d}.png", value)
+                pixels = value.permute(1, 2, 3, 0).numpy()
+                save_pixels(self.options.out / f"{self.options.first + number:05d}.png", pixels)
             if number < self.room:
                 self.for_grid[number] = value
         if self.options.npz:

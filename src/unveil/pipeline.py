@@ -1,6 +1,7 @@
 """Repainting and generating: clips and a mask in, or classes, and clips out; for the command line and every evaluation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from unveil import draws
 from unveil.config import Clip, Predict, check_choice, nearest
 from unveil.masking import Mask, draw_mask, gather, group_rows, scatter, tokens_touched
 from unveil.model import AnyModel, Guidance, MaskedDiffusionAutoencoder
-from unveil.sampling import Denoise, by_scheduler, ddim, ddpm, dpmpp_2m
+from unveil.sampling import Denoise, OnStep, by_scheduler, ddim, ddpm, dpmpp_2m
 from unveil.tokens import Grid, patchify
 
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
@@ -30,6 +31,21 @@ class RowNoise:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self._generators]).to(x)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a sampler of `repaint` is, for who watches it.
+
+    t: the time. sample: which of num_samples. rows: which of the clips, (b,). tokens: what it now takes their hidden tokens
+    for, (b, M, P). clips: makes of that (b, C, T, H, W), the clips with their holes so filled.
+    """
+
+    t: float
+    sample: int
+    rows: Tensor
+    tokens: Tensor
+    clips: Callable[[], Tensor]
 
 
 def _check_whole(model: AnyModel) -> None:
@@ -109,6 +125,15 @@ def _check_sampler(owner: str, sampler: Any) -> None:
         check_choice(owner, "sampler", sampler, Sampler)
 
 
+def _watch(
+    on_step: Callable[[Step], None] | None, sample: int, rows: Tensor, filled: Callable[[Tensor], Tensor]
+) -> OnStep | None:
+    """What a sampler tells, told as a `Step`."""
+    if on_step is None:
+        return None
+    return lambda t, x_t, x0: on_step(Step(t, sample, rows, x0, lambda: filled(x0)))
+
+
 @torch.inference_mode()
 def repaint(
     model: MaskedDiffusionAutoencoder,
@@ -121,7 +146,7 @@ def repaint(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     reimpose_known: bool = True,
-    on_step: Callable[[float, Tensor], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Fill the holes of clips by conditional diffusion.
 
@@ -135,7 +160,7 @@ def repaint(
         num_samples: different answers for each hole.
         seed, indices: noise of clip i and sample s depends on (seed, indices[i], s) alone; indices are 0, 1, ... if not given.
         reimpose_known: tell the sampler the known pixels inside hidden tokens at every step.
-        on_step: called with (t, predictions of the group's hidden tokens) at each step.
+        on_step: told each step; clips with other numbers of hidden tokens take theirs after another.
 
     Returns:
         (B, num_samples, C, T, H, W); pixels outside the holes equal the input bit for bit.
@@ -165,14 +190,18 @@ def repaint(
         known = known if known.any() and (reimpose_known or model.recipe.noise_on == "visible") else None
         noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
         denoise = model.denoiser(x0[rows], mask, known, noise)
-        step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
         again = NUM_RESAMPLES if model.recipe.noise_on == "visible" and known is not None else 1
+
+        def filled(tokens: Tensor, rows: Tensor = rows, mask: Mask = mask) -> Tensor:
+            pixels = model.clips(scatter(x0[rows], mask.hidden, tokens))
+            return torch.where(holes[rows][:, None], pixels, clips[rows])
+
         for sample in range(num_samples):
             noise.begin(sample)
             start = noise(gather(x0[rows], mask.hidden))
-            painted = _sample(denoise, start, model, sampler, times, noise, num_resamples=again, on_step=step)
-            pixels = model.clips(scatter(x0[rows], mask.hidden, painted))
-            result[rows, sample] = torch.where(holes[rows][:, None], pixels, clips[rows])
+            watch = _watch(on_step, sample, rows, filled)
+            painted = _sample(denoise, start, model, sampler, times, noise, num_resamples=again, on_step=watch)
+            result[rows, sample] = filled(painted)
     return result
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -62,30 +61,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], cell: int = 96) 
 def save_png(path: Path, image: Image.Image) -> None:
     """Write a picture so that a reader never sees half of it."""
     write_atomically(path, lambda part: image.save(part, format="PNG"))
-
-
-def save_clip(path: Path, clip: Tensor) -> Path:
-    """Write a clip (C, T, H, W) without losing a bit, and return where.
-
-    uint8 as PNG, animated if there are several frames; 16-bit gray (in int32) as 16-bit PNG; all else, which PNG cannot
-    hold, as .npy.
-    """
-    frames = [np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(-1).numpy()) for frame in clip.transpose(0, 1)]
-    if clip.dtype == torch.int32:
-        frames = [frame.astype(np.uint16) for frame in frames]
-        if clip.shape[:2] == (1, 1):
-            save_png(path, Image.fromarray(frames[0]))
-            return path
-    if clip.dtype != torch.uint8 or clip.shape[0] not in (1, 3, 4):
-        path = path.with_suffix(".npy")
-        np.save(path, frames[0] if len(frames) == 1 else np.stack(frames))
-        return path
-    images = [Image.fromarray(frame) for frame in frames]
-    if len(images) == 1:
-        save_png(path, images[0])
-    else:
-        images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
-    return path
 
 
 def curve(

@@ -12,18 +12,22 @@ from PIL import Image
 from torch import Tensor
 
 from unveil.checkpoint import FromRun, load_model, pick_device
+from unveil.config import Clip
 from unveil.data import BadPicture, Source, check_pixels, open_source
-from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes, predict, repaint
-from unveil.report import contact_sheet, save_clip, save_png
+from unveil.originals import Original, read_original, save_pixels
+from unveil.painting import paint, resize
+from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes
+from unveil.report import contact_sheet, save_png
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint(FromRun):
-    """Repaint parts of pictures by conditional diffusion. Pixels outside the mask are kept exactly as they are.
+    """Repaint parts of pictures by conditional diffusion. Pixels outside the mask are kept exactly as they are, with 16 bits
+    and transparency too.
 
-    A picture of another size than the model's is shrunk or enlarged to the model's for painting, and only the repainted
-    part is scaled back into it.
+    With a mask of your own a picture may have any size: the model looks at windows around the holes, at the picture's own scale
+    where that shows the hole and its surroundings. A hole that is larger than it can see is painted from its edge inwards. For
+    random:, center: and tube:, whose patches are the model's, all of the picture is brought to the model's size.
 
     Example: unveil inpaint --run runs/photos --images holiday.jpg --mask hole.png --out painted
     """
@@ -35,6 +39,10 @@ class Inpaint(FromRun):
     mask: str = "random:0.75"
     """What to repaint: random:SHARE of the patches, center:SHARE of the area, tube:SHARE of the places in every frame, or
     a picture of the same size that is white where it is to be repainted."""
+    context: float = 0.5
+    """How much around a hole the model is to see on each side, in units of the hole's longer side."""
+    max_scale: float = 2.0
+    """How far at most a part of the picture is shrunk so that one window shows it; what needs more is painted by several."""
     num_samples: int = 4
     """Different answers for each picture."""
     num_steps: int = 50
@@ -68,42 +76,18 @@ def _read_mask(path: str) -> Tensor:
     return values >= 128
 
 
-def _resize(clip: Tensor, height: int, width: int) -> Tensor:
-    """(C, T, H, W) in [0, 1] to another height and width."""
-    frames = clip.transpose(0, 1)
-    frames = F.interpolate(frames, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return frames.clamp(0, 1).transpose(0, 1)
+def _in_sheet(view: Tensor, side: int) -> Tensor:
+    """A picture in the contact sheet, whose longer side is `side` at most."""
+    scale = side / max(view.shape[-2:])
+    return view if scale >= 1 else resize(view, *(max(1, round(length * scale)) for length in view.shape[-2:]))
 
 
-def _precision(values: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function that brings values in [0, 1] to a picture's own precision, so that it loses nothing: uint8, 16 bits (in
-    int32, because torch computes little in uint16), or float32."""
-    if values.dtype == torch.uint8:
-        return lambda clip: (clip * 255).round().to(torch.uint8)
-    steps = values * 65535
-    if torch.allclose(steps, steps.round(), rtol=0, atol=0.01):  # float32 holds 16 bits to 0.004 of a step
-        return lambda clip: (clip * 65535).round().to(torch.int32)
-    return torch.Tensor.float
+def _heat(apart: Tensor) -> Tensor:
+    """Deviations (T, H, W) as colours (3, T, H, W): black is 0, and the brightest 0.3 of the range and more."""
+    from matplotlib import colormaps  # heavy
 
-
-def _shown(view: Tensor) -> Tensor:
-    """Any precision as values in [0, 1]."""
-    return view.float() / {torch.uint8: 255, torch.int32: 65535}.get(view.dtype, 1)
-
-
-def _shrink_around(clip: Tensor, hole: Tensor, height: int, width: int) -> Tensor:
-    """`_resize`, but from the pixels outside the hole (T, H, W) alone: what lies under a mask must not bleed out of it."""
-    known = (~hole).to(clip.dtype)[None].expand_as(clip)
-
-    def resized(values: Tensor) -> Tensor:
-        frames = F.interpolate(
-            values.transpose(0, 1), (height, width), mode="bicubic", antialias=True, align_corners=False
-        )
-        return frames.transpose(0, 1)
-
-    weight = resized(known)
-    # where little is known, the pixel lies in the hole and is painted anyway
-    return torch.where(weight > 0.4, resized(clip * known) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+    colours = colormaps["inferno"]((apart / 0.3).clamp(0, 1).numpy())[..., :3]
+    return torch.from_numpy(colours).permute(3, 0, 1, 2).float()
 
 
 def _stem(where: str, taken: set[str]) -> str:
@@ -116,19 +100,20 @@ def _stem(where: str, taken: set[str]) -> str:
     return stem
 
 
-def _hole_of(
-    options: Inpaint, model: MaskedDiffusionAutoencoder, mask: Tensor | None, index: int, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """The hole at the model's size (1, T, H, W) and at the picture's (T, H, W); mask is the user's own, (H, W)."""
-    sizes = model.recipe.clip
-    T, H, W = shape
-    if mask is None:
-        ours = named_holes(sizes, options.mask, [index], options.seed)
-        return ours, F.interpolate(ours.float(), (H, W), mode="nearest")[0].bool()
-    theirs = mask.expand(T, H, W)
-    # any painted pixel of the picture must be painted at the model's size too
-    small = F.adaptive_max_pool2d(mask[None].float(), (sizes.height, sizes.width)).bool()
-    return small.expand(1, T, -1, -1), theirs
+def _hole_of(options: Inpaint, clip: Clip, mask: Tensor | None, index: int, shape: tuple[int, int, int]) -> Tensor:
+    """The hole (T, H, W) of a picture of this shape; mask is the user's own, (H, W)."""
+    if mask is not None:
+        return mask.expand(shape)
+    ours = named_holes(clip, options.mask, [index], options.seed).float()
+    return F.interpolate(ours, shape[1:], mode="nearest")[0].bool()
+
+
+def _read(source: Source, index: int) -> Original:
+    """A sample as its file holds it; one that is made and not decoded as it is made."""
+    data = source.encoded(index)
+    if data is not None:
+        return read_original(data, source.where(index))
+    return Original(source.read(index).values.permute(0, 2, 3, 1).numpy())
 
 
 def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
@@ -166,63 +151,66 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
         notices.append(f"A {model.recipe.name} has one prediction for a hole, so one sample is painted, in one step.")
         num_samples = 1
     for index in range(min(len(source), options.limit)):
+        where = source.where(index)
         try:
-            picture = source.read(index)
+            original = _read(source, index)
+            clip = original.seen(sizes.channels)
         except BadPicture as bad:
             notices.append(f"Skipped {bad.where}: {bad.reason}.")
             continue
-        if picture.note is not None:
-            notices.append(f"{source.where(index)}: {picture.note}.")
-        values = picture.values.transpose(0, 1)  # (C, T, H, W)
-        stored, clip = _precision(values), _shown(values)
-        original = values if values.dtype == torch.uint8 else stored(values)
+        except ValueError as error:
+            notices.append(f"Skipped {where}: {error}")
+            continue
+        notices += [f"{where}: {note}." for note in original.notes]
+        shape = clip.shape[1], clip.shape[2], clip.shape[3]
         if mask is not None and mask.shape != clip.shape[2:]:
             mismatch = (
                 f"The mask {options.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture "
-                f"{source.where(index)} is {clip.shape[3]} x {clip.shape[2]}. Make them the same size."
+                f"{where} is {clip.shape[3]} x {clip.shape[2]}. Make them the same size."
             )
             if len(source) == 1:
                 raise ValueError(mismatch)
             notices.append(f"Skipped: {mismatch}")
             continue
-        small_hole, hole = _hole_of(options, model, mask, index, clip.shape[1:])
+        hole = _hole_of(options, sizes, mask, index, shape)
         if not hole.any():
-            notices.append(f"{source.where(index)}: the mask hides nothing, so the picture is returned as it is.")
-        same = clip.shape[2:] == (sizes.height, sizes.width)
-        small = (clip if same else _shrink_around(clip, hole, sizes.height, sizes.width))[None].to(device)
-        small_hole = small_hole.to(device)
-        painted = repaint(
+            notices.append(f"{where}: the mask hides nothing, so the picture is returned as it is.")
+        painted = paint(
             model,
-            small,
-            small_hole,
+            clip,
+            hole,
             num_steps=options.num_steps,
             sampler=options.sampler,
             num_samples=num_samples,
             seed=options.seed,
-            indices=[index],
-        )[0].cpu()
-        mean = predict(model, small, small_hole, seed=options.seed)[0].cpu()
-        stem = _stem(source.where(index), stems)
-        views = {"masked": stored(masked_view(clip[None], hole[None])[0])}
-        for label, made in [("prediction", mean), *((f"sample{s + 1}", painted[s]) for s in range(num_samples))]:
-            full = made if same else _resize(made, *clip.shape[2:])
-            views[label] = torch.where(hole, stored(full), original)
-        files = {}
-        for label, view in views.items():
-            path = options.out / f"{stem}_{label}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files[label] = str(save_clip(path, view))
+            index=index,
+            whole=mask is None,
+            context=options.context,
+            max_scale=options.max_scale,
+        )
+        views = {"masked": masked_view(clip[None], hole[None])[0], "prediction": painted.prediction}
+        views |= {f"sample{s + 1}": sample for s, sample in enumerate(painted.samples)}
+        stem = _stem(where, stems)
+        files = {
+            label: str(original.painted(view, hole).save(options.out / f"{stem}_{label}.png"))
+            for label, view in views.items()
+        }
+        if num_samples > 1:
+            apart = _heat(painted.disagreement())
+            views["disagreement"] = apart
+            path = options.out / f"{stem}_disagreement.png"
+            files["disagreement"] = str(save_pixels(path, (apart * 255).byte().permute(1, 2, 3, 0).numpy()))
         if on_progress is not None:
             on_progress(index + 1, min(len(source), options.limit))
-        pictures.append({"picture": source.where(index), "files": files})
-        for label, view in {"picture": original, **views}.items():
-            row = _shown(view)
-            rows.setdefault(label, []).append(row if same else _resize(row, sizes.height, sizes.width))
+        pictures.append({"picture": where, "files": files})
+        for label, view in {"picture": clip, **views}.items():
+            rows.setdefault(label, []).append(_in_sheet(view, max(96, sizes.height, sizes.width)))
     if not pictures:
         raise ValueError(f"No picture of {options.images} could be repainted. {' '.join(notices)}")
     captions = {
         "prediction": "prediction in one step: the mean of what could be there",
         "masked": f"masked ({options.mask})",
+        "disagreement": "how far the samples lie apart, from black to yellow",
     }
     sheet = options.out / "sheet.png"
     save_png(sheet, contact_sheet([(captions.get(label, label), clips) for label, clips in rows.items()]))

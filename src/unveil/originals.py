@@ -1,0 +1,232 @@
+"""Pictures as their files hold them, so that what is not painted can be written again as it was.
+
+Pillow reads nearly everything, but 16 bits of each colour as 8; those need OpenCV (`pip install "unveil[deep]"`).
+"""
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from unveil.checkpoint import write_atomically
+from unveil.decoding import NPY, BadPicture, deep_values, header_of, is_deep, load_array, open_image, telling
+
+Alpha = Literal["none", "last"]
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
+_TURNS = {  # EXIF's orientation: what brings (H, W, C) upright
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture or clip.
+
+    pixels: (T, H, W, C): uint8, uint16, or float32 in [0, 1].
+    alpha: "last" if the last of the channels says how opaque a pixel is, "none" if all are colours.
+    profile: its ICC colour profile.
+    notes: what of the file is not as it was, for people.
+    """
+
+    pixels: np.ndarray
+    alpha: Alpha = "none"
+    profile: bytes | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def top(self) -> int:
+        """The value of white."""
+        return {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(self.pixels.dtype, 1)
+
+    def seen(self, channels: int) -> Tensor:
+        """As a model of so many channels sees it: (channels, T, H, W), float32 in [0, 1]; for 1 or 3 of them over white.
+
+        Raises:
+            ValueError: it has other channels.
+        """
+        values = self.pixels.astype(np.float32) / self.top
+        colours, opaque = (values[..., :-1], values[..., -1:]) if self.alpha == "last" else (values, None)
+        if colours.shape[-1] == channels and opaque is None:
+            found = values
+        elif channels == 4 and colours.shape[-1] in (1, 3):
+            colours = np.repeat(colours, 3, -1) if colours.shape[-1] == 1 else colours
+            found = np.concatenate([colours, np.ones_like(colours[..., :1]) if opaque is None else opaque], -1)
+        elif channels in (1, 3) and colours.shape[-1] in (1, 3):
+            if opaque is not None:
+                colours = colours * opaque + (1 - opaque)
+            found = _as_colours(colours, channels)
+        else:
+            raise ValueError(
+                f"The picture has {self.pixels.shape[-1]} channels, which a model of {channels} channels cannot see."
+            )
+        return torch.from_numpy(np.ascontiguousarray(found.transpose(3, 0, 1, 2)))
+
+    def painted(self, values: Tensor, hole: Tensor) -> "Original":
+        """With new pixels in a hole, and all others as they are.
+
+        Args:
+            values: (C, T, H, W) in [0, 1], of a model of C channels; without alpha, what is painted is opaque.
+            hole: (T, H, W) bool.
+        """
+        new = values.permute(1, 2, 3, 0).float().numpy()
+        num_colours = self.pixels.shape[-1] - (self.alpha == "last")
+        opaque = np.ones_like(new[..., :1])
+        if new.shape[-1] == 4 and num_colours in (1, 3):
+            new, opaque = new[..., :3], new[..., 3:]
+        if new.shape[-1] != num_colours:
+            new = _as_colours(new, num_colours)
+        if self.alpha == "last":
+            new = np.concatenate([new, opaque], -1)
+        if self.top > 1:
+            new = np.rint(np.clip(new, 0, 1) * self.top)
+        pixels = np.where(hole.numpy()[..., None], new.astype(self.pixels.dtype), self.pixels)
+        return dataclasses.replace(self, pixels=pixels)
+
+    def to_pillow(self) -> Image.Image:
+        """One frame of 8 bits, or of one colour of 16 bits, as a Pillow picture.
+
+        Raises:
+            ValueError: Pillow holds no such picture.
+        """
+        pixels = self.pixels[0]
+        if len(self.pixels) > 1 or pixels.shape[-1] > 4 or (self.top != 255 and pixels.shape[-1] > 1):
+            raise ValueError(
+                f"A picture of {self.pixels.shape} {self.pixels.dtype} (frames, height, width, channels) is none of Pillow's. "
+                'Ask for output_type="np" or "pt".'
+            )
+        return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+    def save(self, path: Path) -> Path:
+        """Write it without losing a bit, as `save_pixels` does, and return where."""
+        return save_pixels(path, self.pixels, self.alpha, self.profile)
+
+
+def save_pixels(path: Path, pixels: np.ndarray, alpha: Alpha = "none", profile: bytes | None = None) -> Path:
+    """Write (T, H, W, C) without losing a bit, and return where.
+
+    As PNG, animated if there are several frames; what no PNG can hold as .npy.
+    """
+    num_frames, _, _, channels = pixels.shape
+    is_colour = channels - (alpha == "last") in (1, 3) or channels == 4
+    if not is_colour or pixels.dtype not in (np.uint8, np.uint16) or (pixels.dtype == np.uint16 and num_frames > 1):
+        path = path.with_suffix(".npy")
+        write_atomically(path, lambda part: _write_array(part, pixels[0] if num_frames == 1 else pixels))
+        return path
+    if pixels.dtype == np.uint16 and channels > 1:
+        write_atomically(path, lambda part: part.write_bytes(_deep_png(pixels[0])))
+        return path
+    frames = [Image.fromarray(frame.squeeze(-1) if channels == 1 else frame) for frame in pixels]
+    more: dict[str, Any] = {} if profile is None else {"icc_profile": profile}
+    if num_frames > 1:
+        more.update(save_all=True, append_images=frames[1:], duration=200, loop=0)
+    write_atomically(path, lambda part: frames[0].save(part, format="PNG", **more))
+    return path
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:  # to a path numpy would add .npy
+        np.save(file, values)
+
+
+def _as_colours(values: np.ndarray, channels: int) -> np.ndarray:
+    """(..., 1) repeated, or (..., 3) as luma."""
+    if values.shape[-1] == channels:
+        return values
+    return np.repeat(values, channels, -1) if values.shape[-1] == 1 else (values @ _LUMA)[..., None]
+
+
+def read_original(data: bytes, where: str) -> Original:
+    """A picture from the bytes of its file: upright, its first frame.
+
+    Raises:
+        BadPicture: it cannot be read, or has 16 bits of each colour and OpenCV is not installed.
+    """
+    if data.startswith(NPY):
+        values = load_array(io.BytesIO(data), where)
+        values = values.astype(values.dtype.newbyteorder("="))
+        return Original((values[:, :, None] if values.ndim == 2 else values)[None])
+    header = header_of(io.BytesIO(data), where)
+    if header.bits == 16 and not header.grey:
+        return _read_deep(data, where)
+    with telling(where):
+        image, notes = open_image(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)
+        original = from_pillow(image, where)
+    return dataclasses.replace(original, notes=(*notes, *original.notes))
+
+
+def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
+    """A Pillow picture's pixels, as they are; other colour models than grey, RGB and palettes of it are converted to RGB.
+
+    Raises:
+        BadPicture: its values are out of range.
+    """
+    profile = image.info.get("icc_profile")
+    if is_deep(image):
+        values = deep_values(image, where)
+        if image.mode != "F":
+            values = np.rint(values * 65535).astype(np.uint16)  # float32 tells every one of the 65,536 apart
+        return Original(values[None, :, :, None], "none", profile)
+    wanted, notes = image.mode, ()
+    if wanted not in ("1", "L", "LA", "RGB", "RGBA"):
+        wanted = "RGB"
+        if image.mode not in ("P", "PA"):
+            notes, profile = (f"{image.mode} converted to RGB",), None  # which the profile is not about
+    if image.mode == "1":
+        wanted = "L"
+    if image.has_transparency_data:
+        wanted = "LA" if wanted in ("L", "LA") else "RGBA"
+    values = np.array(image if image.mode == wanted else image.convert(wanted))
+    alpha: Alpha = "last" if wanted in ("LA", "RGBA") else "none"
+    return Original((values[:, :, None] if values.ndim == 2 else values)[None], alpha, profile, notes)
+
+
+def _open_cv(what: str) -> Any:
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(
+            f'{what} needs OpenCV: pip install "unveil[deep]", or make the picture one of 8 bits.'
+        ) from None
+    return cv2
+
+
+def _read_deep(data: bytes, where: str) -> Original:
+    """A picture of 16 bits for each colour."""
+    try:
+        cv2 = _open_cv("Reading 16 bits of each colour")
+    except ValueError as error:
+        raise BadPicture(where, str(error)) from None
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise BadPicture(where, "has 16 bits of each colour, and OpenCV cannot read it; make it a PNG or one of 8 bits")
+    with telling(where):
+        image, _ = open_image(io.BytesIO(data))
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    if turn is not None:
+        values = turn(values)
+    code = cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB
+    values = cv2.cvtColor(np.ascontiguousarray(values), code)
+    notes = ("its colour profile is not kept",) if image.info.get("icc_profile") else ()
+    return Original(values[None], "last" if values.shape[2] == 4 else "none", None, notes)
+
+
+def _deep_png(values: np.ndarray) -> bytes:
+    """(H, W, 2 to 4) uint16 as PNG; OpenCV has no grey with alpha, which becomes colours."""
+    cv2 = _open_cv("Writing 16 bits of each colour")
+    if values.shape[2] == 2:
+        values = np.concatenate([np.repeat(values[..., :1], 3, -1), values[..., 1:]], -1)
+    code = cv2.COLOR_RGBA2BGRA if values.shape[2] == 4 else cv2.COLOR_RGB2BGR
+    return cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(values), code))[1].tobytes()

@@ -1,0 +1,254 @@
+"""Painting the holes of a picture or clip of any size with a model of one size."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from unveil import draws
+from unveil.masking import tokens_touched
+from unveil.model import MaskedDiffusionAutoencoder
+from unveil.pipeline import Sampler, Step, pixels_of, predict, repaint
+from unveil.tokens import patchify
+from unveil.windows import Region, next_window, regions
+
+OnStep = Callable[[float, Callable[[], Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Painted:
+    """samples: (S, C, T, H, W). prediction: (C, T, H, W), what one step from the visible pixels gives, a mean.
+
+    Values in [0, 1]; pixels outside the hole equal the input.
+    """
+
+    samples: Tensor
+    prediction: Tensor
+
+    def disagreement(self) -> Tensor:
+        """How far the samples lie apart: their standard deviation as a mean over channels, (T, H, W); 0 of one sample."""
+        return self.samples.std(0, unbiased=len(self.samples) > 1).mean(0)
+
+
+def resize(clips: Tensor, height: int, width: int) -> Tensor:
+    """(..., T, H, W) in [0, 1] to another height and width."""
+    flat = clips.reshape(-1, 1, *clips.shape[-2:])
+    resized = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0, 1).reshape(*clips.shape[:-2], height, width)
+
+
+def resize_hole(hole: Tensor, height: int, width: int) -> Tensor:
+    """(T, H, W) bool to another height and width: where it shrinks, any pixel of a hole makes one."""
+    H, W = hole.shape[1:]
+    smaller = F.adaptive_max_pool2d(hole.float(), (min(H, height), min(W, width)))
+    return F.interpolate(smaller[None], (height, width), mode="nearest-exact")[0].bool()
+
+
+def shrink_around(clips: Tensor, hole: Tensor, height: int, width: int) -> Tensor:
+    """`resize`, but from the pixels outside the hole (T, H, W) alone: what lies under a mask must not bleed out of it."""
+    known = (~hole).to(clips.dtype).expand_as(clips)
+
+    def resized(values: Tensor) -> Tensor:
+        flat = values.reshape(-1, 1, *values.shape[-2:])
+        small = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        return small.reshape(*values.shape[:-2], height, width)
+
+    weight = resized(known)
+    # where little is known, the pixel lies in the hole and is painted anyway
+    return torch.where(weight > 0.4, resized(clips * known) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+
+
+class _Canvas:
+    """Several versions of one picture, of which the last is the prediction's, and what of them is not painted yet."""
+
+    def __init__(self, clip: Tensor, hole: Tensor, num_samples: int) -> None:
+        self.clips = clip[None].repeat(num_samples + 1, 1, 1, 1, 1)
+        self.hole = hole.clone()
+
+    def take(self, region: Region) -> tuple[Tensor, Tensor]:
+        """A region at the size at which it is painted, (S + 1, C, T, h, w), and its hole (T, h, w)."""
+        clips = self.clips[..., region.rows, region.columns]
+        hole = self.hole[:, region.rows, region.columns]
+        size = region.height, region.width
+        if clips.shape[-2:] == size:
+            return clips.clone(), hole.clone()
+        return shrink_around(clips, hole, *size), resize_hole(hole, *size)
+
+    def put(self, region: Region, painted: Tensor) -> None:
+        """Fill the region's hole."""
+        self.clips[..., region.rows, region.columns] = self.shown(region, painted)
+        self.hole[:, region.rows, region.columns] = False
+
+    def is_known(self, region: Region) -> bool:
+        """Whether some pixel of the region is."""
+        return not bool(self.hole[:, region.rows, region.columns].all())
+
+    def shown(self, region: Region, painted: Tensor) -> Tensor:
+        """The region as it would be with its hole filled."""
+        before = self.clips[: len(painted), ..., region.rows, region.columns]
+        if painted.shape != before.shape:
+            painted = resize(painted, *before.shape[-2:])
+        return torch.where(self.hole[:, region.rows, region.columns], painted, before)
+
+
+def _paint_window(
+    model: MaskedDiffusionAutoencoder,
+    clips: Tensor,
+    hole: Tensor,
+    seed: int,
+    index: int,
+    num_steps: int,
+    sampler: Sampler,
+    on_step: OnStep | None,
+) -> Tensor:
+    """Samples and, last, the prediction for one window: (S + 1, C, T, h, w) of the model's size, hole (T, h, w).
+
+    on_step: told the time, and what makes of the first sample's prediction (C, T, h, w), at each of its steps.
+    """
+
+    def watch(step: Step) -> None:
+        if on_step is not None and step.sample == 0:
+            on_step(step.t, lambda: step.clips()[0].cpu())  # the first sample is the first row
+
+    device = model.mean.device
+    clips, holes = clips.to(device), hole.to(device)[None]
+    samples, last = clips[:-1], clips[-1:]
+    together = bool((samples == samples[:1]).all())  # nothing in sight is painted yet, so one pass of the encoder does
+    seen = samples[:1] if together else samples
+    rows = [index] if together else list(range(len(samples)))
+    painted = repaint(
+        model,
+        seen,
+        holes.expand(len(seen), -1, -1, -1),
+        num_steps=num_steps,
+        sampler=sampler,
+        num_samples=len(samples) if together else 1,
+        seed=seed,
+        indices=rows,
+        on_step=None if on_step is None else watch,
+    )
+    mean = predict(model, last, holes, seed=seed, indices=[index])
+    return torch.cat([painted.flatten(0, 1), mean]).cpu()
+
+
+def _tell(on_step: OnStep, seen: Callable[[Tensor], Tensor], t: float, made: Callable[[], Tensor]) -> None:
+    on_step(t, lambda: seen(made()))
+
+
+def _nearest(clips: Tensor, hole: Tensor) -> Tensor:
+    """Clips (S, C, T, h, w) whose hole (T, h, w) is filled with the nearest pixel of its frame, if that has any."""
+    filled = clips.clone()
+    for i, frame in enumerate(hole.numpy()):
+        if not frame.all():
+            nearest: Any = ndimage.distance_transform_edt(frame, return_distances=False, return_indices=True)
+            rows, columns = nearest
+            filled[:, :, i] = clips[:, :, i][..., torch.from_numpy(rows), torch.from_numpy(columns)]
+    return filled
+
+
+def _paint_fine(
+    model: MaskedDiffusionAutoencoder, clips: Tensor, hole: Tensor, paint_window: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`paint_window` of clips (S + 1, C, T, h, w) and a hole (T, h, w), which may leave no patch whole.
+
+    The quarter of the patches that such a hole touches least are then shown to the encoder, with the nearest pixels in their
+    holes, until the others are painted, and painted last.
+    """
+    sizes = model.recipe.clip
+    touched = tokens_touched(hole[None], sizes.patch_size, sizes.tubelet_size)
+    if "generate" in model.can or not touched.all() or hole.all():
+        return paint_window(clips, hole)
+    counts = patchify(hole[None, None].float(), sizes.patch_size, sizes.tubelet_size).sum(-1)
+    # In no order among those that are touched alike, which would all lie in a corner.
+    order = counts + torch.rand(counts.shape, generator=draws.generator(0, "shown first"))
+    last = torch.zeros_like(touched).scatter(1, order.argsort(dim=1)[:, : -(-order.shape[1] // 4)], True)
+    shown = pixels_of(last, sizes.grid, sizes.patch_size, sizes.tubelet_size)[0]
+    first = paint_window(torch.where(hole & shown, _nearest(clips, hole), clips), hole & ~shown)
+    return paint_window(first, hole & shown)
+
+
+def paint(
+    model: MaskedDiffusionAutoencoder,
+    clip: Tensor,
+    hole: Tensor,
+    *,
+    num_steps: int,
+    sampler: Sampler = "dpmpp",
+    num_samples: int = 1,
+    seed: int = 0,
+    index: int = 0,
+    whole: bool = False,
+    context: float = 0.5,
+    max_scale: float = 2.0,
+    on_step: OnStep | None = None,
+) -> Painted:
+    """Paint the holes of a picture of any size.
+
+    A mask may be finer than the model's patches, and touch every one of them.
+
+    Args:
+        clip: (C, T, H, W) in [0, 1]; T is the model's. What lies under the hole is never read.
+        hole: (T, H, W) bool, True = repaint.
+        seed, index: the noise depends on (seed, index, sample) and on nothing else.
+        whole: bring all of the picture to the model's size, whatever its shape, in place of windows around the holes.
+        context, max_scale: as in `unveil.windows.regions`.
+        on_step: called at each step of the first sample with the time, and a function that gives the picture (C, T, H, W) as it
+            would be with the hole filled by what the model then takes it for.
+
+    Returns:
+        On the CPU.
+
+    Raises:
+        ValueError: as `unveil.pipeline.repaint`.
+    """
+    if not (context >= 0 and max_scale >= 1):
+        raise ValueError(f"context={context:g} must be at least 0, and max_scale={max_scale:g} at least 1.")
+    sizes = model.recipe.clip
+    size = sizes.height, sizes.width
+    H, W = clip.shape[-2:]
+    if whole:
+        parts = [Region(0, 0, H, W, *size)] if hole.any() else []
+    else:
+        parts = regions(hole.any(0).numpy(), size, context, max_scale)
+    canvas = _Canvas(clip, hole, num_samples)
+    count = 0
+    for region in parts:
+        clips, left = canvas.take(region)
+        if left.all() and canvas.is_known(region):  # what is known is too fine to be seen from afar
+            region = dataclasses.replace(
+                region,
+                height=max(sizes.height, region.bottom - region.top),
+                width=max(sizes.width, region.right - region.left),
+            )
+            clips, left = canvas.take(region)
+        while (window := next_window(left.any(0).numpy(), size)) is not None:
+            view = (..., *window)
+
+            def seen(
+                made: Tensor, region: Region = region, clips: Tensor = clips, view: tuple[Any, ...] = view
+            ) -> Tensor:
+                first = clips[:1].clone()
+                first[0][view] = made
+                picture = canvas.clips[0].clone()
+                picture[..., region.rows, region.columns] = canvas.shown(region, first)[0]
+                return picture
+
+            def paint_window(part: Tensor, part_hole: Tensor, seen: Callable[[Tensor], Tensor] = seen) -> Tensor:
+                nonlocal count
+                count += 1
+                tell = None
+                if on_step is not None:
+                    tell = functools.partial(_tell, on_step, seen)
+                its_seed = draws.key(seed, "window", index, count) if count > 1 else seed
+                return _paint_window(model, part, part_hole, its_seed, index, num_steps, sampler, tell)
+
+            clips[view] = _paint_fine(model, clips[view], left[view], paint_window)
+            left[view] = False
+        canvas.put(region, clips)
+    return Painted(canvas.clips[:-1], canvas.clips[-1])
