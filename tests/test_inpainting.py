@@ -244,6 +244,7 @@ def test_the_callback_sees_every_step(model: MaskedDiffusionAutoencoder) -> None
     for _, _, pixels in seen:
         assert pixels.shape == (3, 40, 40)
         assert torch.equal(pixels[:, outside], made[0][:, outside])
+    assert (seen[0][2] == 0.5).all(0).any()  # grey where no window was painted yet
     # The last step ends at what it predicted.
     assert (seen[-1][2] - made[0]).abs().max() < 0.5 / 255 + 1e-5
 

@@ -1,7 +1,7 @@
 """Painting the holes of a picture or clip of any size with a model of one size."""
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,16 @@ class Painted:
         return self.samples.std(0, unbiased=len(self.samples) > 1).mean(0)
 
 
+def _bicubic(values: Tensor, height: int, width: int) -> Tensor:
+    """(..., H, W) to another height and width."""
+    flat = values.reshape(-1, 1, *values.shape[-2:])
+    resized = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.reshape(*values.shape[:-2], height, width)
+
+
 def resize(clips: Tensor, height: int, width: int) -> Tensor:
     """(..., T, H, W) in [0, 1] to another height and width."""
-    flat = clips.reshape(-1, 1, *clips.shape[-2:])
-    resized = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(0, 1).reshape(*clips.shape[:-2], height, width)
+    return _bicubic(clips, height, width).clamp(0, 1)
 
 
 def resize_hole(hole: Tensor, height: int, width: int) -> Tensor:
@@ -52,23 +57,17 @@ def resize_hole(hole: Tensor, height: int, width: int) -> Tensor:
 
 def shrink_around(clips: Tensor, hole: Tensor, height: int, width: int) -> Tensor:
     """`resize`, but from the pixels outside the hole (T, H, W) alone: what lies under a mask must not bleed out of it."""
-    known = (~hole).to(clips.dtype).expand_as(clips)
-
-    def resized(values: Tensor) -> Tensor:
-        flat = values.reshape(-1, 1, *values.shape[-2:])
-        small = F.interpolate(flat, (height, width), mode="bicubic", antialias=True, align_corners=False)
-        return small.reshape(*values.shape[:-2], height, width)
-
-    weight = resized(known)
+    known = (~hole).to(clips.dtype)
+    weight = _bicubic(known, height, width)
     # where little is known, the pixel lies in the hole and is painted anyway
-    return torch.where(weight > 0.4, resized(clips * known) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+    return torch.where(weight > 0.4, _bicubic(clips * known, height, width) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
 
 
 class _Canvas:
     """Several versions of one picture, of which the last is the prediction's, and what of them is not painted yet."""
 
     def __init__(self, clip: Tensor, hole: Tensor, num_samples: int) -> None:
-        self.clips = clip[None].repeat(num_samples + 1, 1, 1, 1, 1)
+        self.clips = torch.where(hole, 0.5, clip)[None].repeat(num_samples + 1, 1, 1, 1, 1)
         self.hole = hole.clone()
 
     def take(self, region: Region) -> tuple[Tensor, Tensor]:
@@ -89,56 +88,24 @@ class _Canvas:
         """Whether some pixel of the region is."""
         return not bool(self.hole[:, region.rows, region.columns].all())
 
+    def watched(self, region: Region, clips: Tensor, view: tuple[Any, ...], on_step: OnStep) -> OnStep:
+        """What tells of the first sample of a window of a region as `on_step` wants to be told of the whole picture."""
+
+        def picture(made: Tensor) -> Tensor:
+            first = clips[:1].clone()
+            first[0][view] = made
+            whole = self.clips[0].clone()
+            whole[..., region.rows, region.columns] = self.shown(region, first)[0]
+            return whole
+
+        return lambda t, made: on_step(t, lambda: picture(made()))
+
     def shown(self, region: Region, painted: Tensor) -> Tensor:
         """The region as it would be with its hole filled."""
         before = self.clips[: len(painted), ..., region.rows, region.columns]
         if painted.shape != before.shape:
             painted = resize(painted, *before.shape[-2:])
         return torch.where(self.hole[:, region.rows, region.columns], painted, before)
-
-
-def _paint_window(
-    model: MaskedDiffusionAutoencoder,
-    clips: Tensor,
-    hole: Tensor,
-    seed: int,
-    index: int,
-    num_steps: int,
-    sampler: Sampler,
-    on_step: OnStep | None,
-) -> Tensor:
-    """Samples and, last, the prediction for one window: (S + 1, C, T, h, w) of the model's size, hole (T, h, w).
-
-    on_step: told the time, and what makes of the first sample's prediction (C, T, h, w), at each of its steps.
-    """
-
-    def watch(step: Step) -> None:
-        if on_step is not None and step.sample == 0:
-            on_step(step.t, lambda: step.clips()[0].cpu())  # the first sample is the first row
-
-    device = model.mean.device
-    clips, holes = clips.to(device), hole.to(device)[None]
-    samples, last = clips[:-1], clips[-1:]
-    together = bool((samples == samples[:1]).all())  # nothing in sight is painted yet, so one pass of the encoder does
-    seen = samples[:1] if together else samples
-    rows = [index] if together else list(range(len(samples)))
-    painted = repaint(
-        model,
-        seen,
-        holes.expand(len(seen), -1, -1, -1),
-        num_steps=num_steps,
-        sampler=sampler,
-        num_samples=len(samples) if together else 1,
-        seed=seed,
-        indices=rows,
-        on_step=None if on_step is None else watch,
-    )
-    mean = predict(model, last, holes, seed=seed, indices=[index])
-    return torch.cat([painted.flatten(0, 1), mean]).cpu()
-
-
-def _tell(on_step: OnStep, seen: Callable[[Tensor], Tensor], t: float, made: Callable[[], Tensor]) -> None:
-    on_step(t, lambda: seen(made()))
 
 
 def _nearest(clips: Tensor, hole: Tensor) -> Tensor:
@@ -152,25 +119,67 @@ def _nearest(clips: Tensor, hole: Tensor) -> Tensor:
     return filled
 
 
-def _paint_fine(
-    model: MaskedDiffusionAutoencoder, clips: Tensor, hole: Tensor, paint_window: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """`paint_window` of clips (S + 1, C, T, h, w) and a hole (T, h, w), which may leave no patch whole.
+@dataclass(frozen=True)
+class _Brush:
+    """Paints one window after another, each with noise of its own."""
 
-    The quarter of the patches that such a hole touches least are then shown to the encoder, with the nearest pixels in their
-    holes, until the others are painted, and painted last.
-    """
-    sizes = model.recipe.clip
-    touched = tokens_touched(hole[None], sizes.patch_size, sizes.tubelet_size)
-    if "generate" in model.can or not touched.all() or hole.all():
-        return paint_window(clips, hole)
-    counts = patchify(hole[None, None].float(), sizes.patch_size, sizes.tubelet_size).sum(-1)
-    # In no order among those that are touched alike, which would all lie in a corner.
-    order = counts + torch.rand(counts.shape, generator=draws.generator(0, "shown first"))
-    last = torch.zeros_like(touched).scatter(1, order.argsort(dim=1)[:, : -(-order.shape[1] // 4)], True)
-    shown = pixels_of(last, sizes.grid, sizes.patch_size, sizes.tubelet_size)[0]
-    first = paint_window(torch.where(hole & shown, _nearest(clips, hole), clips), hole & ~shown)
-    return paint_window(first, hole & shown)
+    model: MaskedDiffusionAutoencoder
+    num_steps: int
+    sampler: Sampler
+    seed: int
+    index: int
+    numbers: "itertools.count[int]" = dataclasses.field(default_factory=itertools.count)
+
+    def paint(self, clips: Tensor, hole: Tensor, on_made: OnStep | None) -> Tensor:
+        """Fill one window, whose mask may leave no patch whole.
+
+        The quarter of the patches that such a mask touches least is then shown to the encoder, with the nearest pixels in the
+        holes, until the others are painted, and painted last.
+
+        Args:
+            clips: samples and, last, the prediction, (S + 1, C, T, h, w) of the model's size.
+            hole: (T, h, w).
+            on_made: as `paint`'s on_step, for the window of the first sample, (C, T, h, w).
+        """
+        sizes = self.model.recipe.clip
+        touched = tokens_touched(hole[None], sizes.patch_size, sizes.tubelet_size)
+        if "generate" in self.model.can or not touched.all() or hole.all():
+            return self._paint(clips, hole, on_made)
+        counts = patchify(hole[None, None].float(), sizes.patch_size, sizes.tubelet_size).sum(-1)
+        # In no order among those that are touched alike, which would all lie in a corner.
+        order = counts + torch.rand(counts.shape, generator=draws.generator(0, "shown first"))
+        last = torch.zeros_like(touched).scatter(1, order.argsort(dim=1)[:, : -(-order.shape[1] // 4)], True)
+        shown = pixels_of(last, sizes.grid, sizes.patch_size, sizes.tubelet_size)[0]
+        first = self._paint(torch.where(hole & shown, _nearest(clips, hole), clips), hole & ~shown, on_made)
+        return self._paint(first, hole & shown, on_made)
+
+    def _paint(self, clips: Tensor, hole: Tensor, on_made: OnStep | None) -> Tensor:
+        def watch(step: Step) -> None:
+            if on_made is not None and step.sample == 0:
+                on_made(step.t, lambda: step.clips()[0].cpu())  # the first sample is the first row
+
+        number = next(self.numbers)
+        seed = draws.key(self.seed, "window", self.index, number) if number else self.seed
+        device = self.model.mean.device
+        clips, holes = clips.to(device), hole.to(device)[None]
+        samples, last = clips[:-1], clips[-1:]
+        together = bool(
+            (samples == samples[:1]).all()
+        )  # nothing in sight is painted yet, so one pass of the encoder does
+        seen = samples[:1] if together else samples
+        painted = repaint(
+            self.model,
+            seen,
+            holes.expand(len(seen), -1, -1, -1),
+            num_steps=self.num_steps,
+            sampler=self.sampler,
+            num_samples=len(samples) if together else 1,
+            seed=seed,
+            indices=[self.index] if together else range(len(samples)),
+            on_step=None if on_made is None else watch,
+        )
+        mean = predict(self.model, last, holes, seed=seed, indices=[self.index])
+        return torch.cat([painted.flatten(0, 1), mean]).cpu()
 
 
 def paint(
@@ -195,11 +204,12 @@ def paint(
     Args:
         clip: (C, T, H, W) in [0, 1]; T is the model's. What lies under the hole is never read.
         hole: (T, H, W) bool, True = repaint.
-        seed, index: the noise depends on (seed, index, sample) and on nothing else.
+        num_samples: different answers.
+        seed, index: the noise depends on (seed, index, sample) and, after the first window, the window's number alone.
         whole: bring all of the picture to the model's size, whatever its shape, in place of windows around the holes.
         context, max_scale: as in `unveil.windows.regions`.
         on_step: called at each step of the first sample with the time, and a function that gives the picture (C, T, H, W) as it
-            would be with the hole filled by what the model then takes it for.
+            would be with the hole filled by what the model then takes it for; grey where it was not painted yet.
 
     Returns:
         On the CPU.
@@ -217,38 +227,17 @@ def paint(
     else:
         parts = regions(hole.any(0).numpy(), size, context, max_scale)
     canvas = _Canvas(clip, hole, num_samples)
-    count = 0
+    brush = _Brush(model, num_steps, sampler, seed, index)
     for region in parts:
         clips, left = canvas.take(region)
         if left.all() and canvas.is_known(region):  # what is known is too fine to be seen from afar
-            region = dataclasses.replace(
-                region,
-                height=max(sizes.height, region.bottom - region.top),
-                width=max(sizes.width, region.right - region.left),
-            )
+            height, width = region.bottom - region.top, region.right - region.left
+            region = dataclasses.replace(region, height=max(size[0], height), width=max(size[1], width))
             clips, left = canvas.take(region)
         while (window := next_window(left.any(0).numpy(), size)) is not None:
             view = (..., *window)
-
-            def seen(
-                made: Tensor, region: Region = region, clips: Tensor = clips, view: tuple[Any, ...] = view
-            ) -> Tensor:
-                first = clips[:1].clone()
-                first[0][view] = made
-                picture = canvas.clips[0].clone()
-                picture[..., region.rows, region.columns] = canvas.shown(region, first)[0]
-                return picture
-
-            def paint_window(part: Tensor, part_hole: Tensor, seen: Callable[[Tensor], Tensor] = seen) -> Tensor:
-                nonlocal count
-                count += 1
-                tell = None
-                if on_step is not None:
-                    tell = functools.partial(_tell, on_step, seen)
-                its_seed = draws.key(seed, "window", index, count) if count > 1 else seed
-                return _paint_window(model, part, part_hole, its_seed, index, num_steps, sampler, tell)
-
-            clips[view] = _paint_fine(model, clips[view], left[view], paint_window)
+            on_made = None if on_step is None else canvas.watched(region, clips, view, on_step)
+            clips[view] = brush.paint(clips[view], left[view], on_made)
             left[view] = False
         canvas.put(region, clips)
     return Painted(canvas.clips[:-1], canvas.clips[-1])
