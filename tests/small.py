@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unveil import recipes, sizes
@@ -145,6 +147,17 @@ def build(recipe: Recipe, seed: int = 0, spread: float = 0.05) -> MaskedDiffusio
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=spread)
     return model.eval()
+
+
+def pillow_picture(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture of noise, (height, width), in one of Pillow's modes."""
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, size, dtype=np.uint16))
+    if mode == "F":
+        return Image.fromarray(rng.random(size, dtype=np.float32))
+    rgba = Image.fromarray(rng.integers(0, 256, (*size, 4), dtype=np.uint8))
+    return rgba if mode == "RGBA" else rgba.convert("RGB").quantize(20) if mode == "P" else rgba.convert(mode)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import build, generator, small
+from small import build, generator, pillow_picture, small
 from torch import Tensor
 
 from unveil import painting as painting_module
@@ -27,13 +27,7 @@ def model() -> MaskedDiffusionAutoencoder:
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (30, 41)) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 65536, size, dtype=np.uint16))
-    if mode == "F":
-        return Image.fromarray(rng.random(size, dtype=np.float32))
-    rgba = Image.fromarray(rng.integers(0, 256, (*size, 4), dtype=np.uint8))
-    return rgba if mode == "RGBA" else rgba.convert("RGB").quantize(20) if mode == "P" else rgba.convert(mode)
+    return pillow_picture(mode, size, seed)
 
 
 def hole_of(seed: int, size: tuple[int, int] = (30, 41)) -> np.ndarray:
@@ -184,7 +178,9 @@ def test_kinds_of_pictures_are_painted_alike(model: MaskedDiffusionAutoencoder) 
 
     wanted = np.asarray(go(image, as_mask(hole))[0])
     tensor = torch.from_numpy(array).movedim(-1, 0).float() / 255
-    for mask in (hole, hole.astype(np.float32), (hole * 255).astype(np.uint8), torch.from_numpy(hole), hole[None]):
+    deep = Image.fromarray((hole * 40000).astype(np.uint16))
+    half = torch.from_numpy(hole).to(torch.bfloat16)
+    for mask in (hole, (hole * 255).astype(np.uint8), torch.from_numpy(hole), hole[None], hole[..., None], half, deep):
         assert np.array_equal(np.asarray(go(array, mask)[0]), wanted)
     made = go(image, hole, output_type="np")
     assert (made.shape, made.dtype) == ((1, 30, 41, 3), np.float32)
@@ -266,6 +262,10 @@ def test_the_callback_sees_every_step(model: MaskedDiffusionAutoencoder) -> None
         ("photo.jpg", hole_of(0), {}, "image is a str"),
         (np.zeros((30, 41, 5), dtype=np.uint8), hole_of(0), {}, "5 channels"),
         (picture(0), np.ones((30, 41), dtype=bool), {}, "hides everything"),
+        (picture(0), hole_of(0).astype(np.uint8), {}, "mask_image has no white: its brightest value is 1 of 255"),
+        (picture(0), hole_of(0) * 255.0, {}, r"mask_image is \(30, 41\) of float64; give"),
+        (picture(0), "hole.png", {}, r"mask_image is \(\) of <U8; give"),
+        (picture(0), hole_of(0) * np.nan, {}, r"mask_image is \(30, 41\) of float64; give"),
     ],
 )
 def test_what_cannot_be_painted_refuses(

@@ -10,23 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from small import generator
+from small import generator, pillow_picture
 
 from unveil.decoding import BadPicture
 from unveil.originals import Original, read_original, save_pixels
 
 SIZE = (11, 7)
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "F", "CMYK"]
-
-
-def pillow(mode: str) -> Image.Image:
-    rng = np.random.default_rng(0)
-    if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 65536, SIZE, dtype=np.uint16))
-    if mode == "F":
-        return Image.fromarray(rng.random(SIZE, dtype=np.float32))
-    rgba = Image.fromarray(rng.integers(0, 256, (*SIZE, 4), dtype=np.uint8))
-    return rgba if mode == "RGBA" else rgba.convert("RGB").quantize(20) if mode == "P" else rgba.convert(mode)
 
 
 def read_back(path: Path) -> np.ndarray:
@@ -44,7 +34,7 @@ def read_back(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_outside_the_hole_is_the_files_own(tmp_path: Path, mode: str, channels: int) -> None:
-    image = pillow(mode)
+    image = pillow_picture(mode, SIZE)
     stream = io.BytesIO()
     image.save(stream, {"F": "TIFF", "CMYK": "TIFF"}.get(mode, "PNG"))
     original = read_original(stream.getvalue(), "it")
@@ -119,7 +109,7 @@ def test_a_picture_is_upright(orientation: int, deep: bool) -> None:
 def test_transparent_pixels_are_seen_as_white_and_keep_their_colours(tmp_path: Path) -> None:
     values = np.full((*SIZE, 4), 60, dtype=np.uint8)
     values[..., 3] = 0
-    original = Original(values[None], "last")
+    original = Original(values[None], True)
     assert (original.seen(3) == 1).all()
     hole = torch.zeros(1, *SIZE, dtype=torch.bool)
     hole[:, 0, 0] = True
@@ -131,7 +121,7 @@ def test_transparent_pixels_are_seen_as_white_and_keep_their_colours(tmp_path: P
 def test_the_colour_profile_is_kept(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     stream = io.BytesIO()
-    pillow("RGB").save(stream, "PNG", icc_profile=profile)
+    pillow_picture("RGB", SIZE).save(stream, "PNG", icc_profile=profile)
     path = read_original(stream.getvalue(), "it").save(tmp_path / "out.png")
     with Image.open(path) as image:
         assert image.info["icc_profile"] == profile

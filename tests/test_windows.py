@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unveil.windows import Region, next_window, regions, windows
+from unveil.windows import Region, next_window, regions
 
 
 def holes(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -29,8 +29,6 @@ def test_every_hole_lies_in_a_region_that_is_inside_the_picture(seed: int) -> No
         assert max(scales) <= 2 + 0.6 / min(size)  # sides are whole pixels
         inside = hole[region.rows, region.columns]
         assert inside.any()
-        seen = [w for w in windows(inside, (min(size[0], inside.shape[0]), min(size[1], inside.shape[1])))]
-        assert seen
         left[region.rows, region.columns] = False
     assert not left.any()
 
@@ -82,4 +80,4 @@ def test_a_large_hole_is_filled_from_its_edge_inwards() -> None:
         steps += 1
     assert not left.any()
     assert min(shares) >= 0.25
-    assert steps == len(list(windows(hole, (64, 64)))) <= 40
+    assert steps <= 40

@@ -13,7 +13,7 @@ from torch import Tensor
 from unveil.checkpoint import load_model, pick_device
 from unveil.config import check_choice
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.originals import Original, from_pillow
+from unveil.originals import Original, from_pillow, hole_of
 from unveil.painting import paint
 from unveil.pipeline import Sampler
 
@@ -39,7 +39,8 @@ def _original(image: Picture, channels: int) -> Original:
     if isinstance(image, Tensor):
         if image.ndim != 3:
             raise ValueError(f"image is a tensor of {tuple(image.shape)}; give (C, H, W), or (B, C, H, W) for several.")
-        image = image.detach().cpu().movedim(0, -1).numpy()
+        image = image.detach().cpu().movedim(0, -1)
+        image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         given = f"an array of {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
         raise ValueError(f"image is {given}; give a Pillow picture, an array (H, W, C), or a tensor (C, H, W).")
@@ -50,24 +51,33 @@ def _original(image: Picture, channels: int) -> Original:
         if not (image.size and image.min() >= 0 and image.max() <= 1):  # so that NaN is refused too
             raise ValueError("image has values outside 0 to 1. Divide by its largest possible value, or give uint8.")
     values = image[:, :, None] if image.ndim == 2 else image
-    return Original(values[None], "last" if values.shape[-1] in (2, 4) and values.shape[-1] != channels else "none")
+    return Original(values[None], values.shape[-1] in (2, 4) and values.shape[-1] != channels)
 
 
 def _hole(mask: Picture, size: tuple[int, int]) -> Tensor:
     """A mask as a user gives it, as (1, H, W) bool: at least half white is True."""
     if isinstance(mask, Image.Image):
-        values = np.asarray(mask.convert("L")) / 255
+        hole = hole_of(mask, "mask_image")
     else:
-        values = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
-        values = values / 255 if values.dtype == np.uint8 else values
+        if isinstance(mask, Tensor):
+            mask = (mask.float() if mask.is_floating_point() else mask).detach().cpu()  # numpy has no bfloat16
+        values = np.asarray(mask)
         values = values.squeeze(tuple(i for i, n in enumerate(values.shape) if n == 1 and values.ndim - i > 2))
-        if values.ndim == 3 and values.shape[-1] == 1:
-            values = values[..., 0]
-    if values.shape != size:
+        values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+        if values.dtype == np.uint8 and values.ndim == 2:
+            hole = hole_of(Image.fromarray(values), "mask_image")
+        elif values.dtype.kind in "buif" and values.size and values.min() >= 0 and values.max() <= 1:
+            hole = values >= 0.5
+        else:
+            raise ValueError(
+                f"mask_image is {values.shape} of {values.dtype}; give (H, W) from 0 to 1, where 1 is repainted, uint8 up to "
+                "255, or a Pillow picture."
+            )
+    if hole.shape != size:
         raise ValueError(
-            f"mask_image is {values.shape} for a picture of {size} (height, width). Make them the same size."
+            f"mask_image is {hole.shape} for a picture of {size} (height, width). Make them the same size."
         )
-    return torch.from_numpy(np.ascontiguousarray(values >= 0.5))[None]
+    return torch.from_numpy(np.ascontiguousarray(hole))[None]
 
 
 def _several(images: Any) -> list[Any]:

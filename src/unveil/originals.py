@@ -7,7 +7,7 @@ import dataclasses
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from unveil.checkpoint import write_atomically
 from unveil.decoding import NPY, BadPicture, deep_values, header_of, is_deep, load_array, open_image, telling
 
-Alpha = Literal["none", "last"]
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
 _TURNS = {  # EXIF's orientation: what brings (H, W, C) upright
     2: lambda x: x[:, ::-1],
@@ -35,13 +34,13 @@ class Original:
     """A picture or clip.
 
     pixels: (T, H, W, C): uint8, uint16, or float32 in [0, 1].
-    alpha: "last" if the last of the channels says how opaque a pixel is, "none" if all are colours.
+    has_alpha: whether the last of the channels says how opaque a pixel is; otherwise all are colours.
     profile: its ICC colour profile.
     notes: what of the file is not as it was, for people.
     """
 
     pixels: np.ndarray
-    alpha: Alpha = "none"
+    has_alpha: bool = False
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
 
@@ -57,7 +56,7 @@ class Original:
             ValueError: it has other channels.
         """
         values = self.pixels.astype(np.float32) / self.top
-        colours, opaque = (values[..., :-1], values[..., -1:]) if self.alpha == "last" else (values, None)
+        colours, opaque = (values[..., :-1], values[..., -1:]) if self.has_alpha else (values, None)
         if colours.shape[-1] == channels and opaque is None:
             found = values
         elif channels == 4 and colours.shape[-1] in (1, 3):
@@ -81,13 +80,13 @@ class Original:
             hole: (T, H, W) bool.
         """
         new = values.permute(1, 2, 3, 0).float().numpy()
-        num_colours = self.pixels.shape[-1] - (self.alpha == "last")
+        num_colours = self.pixels.shape[-1] - self.has_alpha
         opaque = np.ones_like(new[..., :1])
         if new.shape[-1] == 4 and num_colours in (1, 3):
             new, opaque = new[..., :3], new[..., 3:]
         if new.shape[-1] != num_colours:
             new = _as_colours(new, num_colours)
-        if self.alpha == "last":
+        if self.has_alpha:
             new = np.concatenate([new, opaque], -1)
         if self.top > 1:
             new = np.rint(np.clip(new, 0, 1) * self.top)
@@ -110,16 +109,16 @@ class Original:
 
     def save(self, path: Path) -> Path:
         """Write it without losing a bit, as `save_pixels` does, and return where."""
-        return save_pixels(path, self.pixels, self.alpha, self.profile)
+        return save_pixels(path, self.pixels, self.has_alpha, self.profile)
 
 
-def save_pixels(path: Path, pixels: np.ndarray, alpha: Alpha = "none", profile: bytes | None = None) -> Path:
+def save_pixels(path: Path, pixels: np.ndarray, has_alpha: bool = False, profile: bytes | None = None) -> Path:
     """Write (T, H, W, C) without losing a bit, and return where.
 
     As PNG, animated if there are several frames; what no PNG can hold as .npy.
     """
     num_frames, _, _, channels = pixels.shape
-    is_colour = channels - (alpha == "last") in (1, 3) or channels == 4
+    is_colour = channels - has_alpha in (1, 3) or channels == 4
     if not is_colour or pixels.dtype not in (np.uint8, np.uint16) or (pixels.dtype == np.uint16 and num_frames > 1):
         path = path.with_suffix(".npy")
         write_atomically(path, lambda part: _write_array(part, pixels[0] if num_frames == 1 else pixels))
@@ -178,7 +177,7 @@ def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
         values = deep_values(image, where)
         if image.mode != "F":
             values = np.rint(values * 65535).astype(np.uint16)  # float32 tells every one of the 65,536 apart
-        return Original(values[None, :, :, None], "none", profile)
+        return Original(values[None, :, :, None], False, profile)
     wanted, notes = image.mode, ()
     if wanted not in ("1", "L", "LA", "RGB", "RGBA"):
         wanted = "RGB"
@@ -189,8 +188,25 @@ def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
     if image.has_transparency_data:
         wanted = "LA" if wanted in ("L", "LA") else "RGBA"
     values = np.array(image if image.mode == wanted else image.convert(wanted))
-    alpha: Alpha = "last" if wanted in ("LA", "RGBA") else "none"
-    return Original((values[:, :, None] if values.ndim == 2 else values)[None], alpha, profile, notes)
+    values = values[:, :, None] if values.ndim == 2 else values
+    return Original(values[None], wanted in ("LA", "RGBA"), profile, notes)
+
+
+def hole_of(mask: Image.Image, name: str) -> np.ndarray:
+    """A mask picture as (H, W) bool: at least half white is True.
+
+    Args:
+        name: what to call it in a message.
+
+    Raises:
+        ValueError: it has something that is not black, and nothing that is white.
+    """
+    values = deep_values(mask, name) if is_deep(mask) else np.array(mask.convert("L")) / np.float32(255)
+    if 0 < values.max() < 0.5:
+        raise ValueError(
+            f"{name} has no white: its brightest value is {255 * values.max():.3g} of 255. White is repainted."
+        )
+    return values >= 0.5
 
 
 def _open_cv(what: str) -> Any:
@@ -220,7 +236,7 @@ def _read_deep(data: bytes, where: str) -> Original:
     code = cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB
     values = cv2.cvtColor(np.ascontiguousarray(values), code)
     notes = ("its colour profile is not kept",) if image.info.get("icc_profile") else ()
-    return Original(values[None], "last" if values.shape[2] == 4 else "none", None, notes)
+    return Original(values[None], values.shape[2] == 4, None, notes)
 
 
 def _deep_png(values: np.ndarray) -> bytes:

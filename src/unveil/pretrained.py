@@ -213,7 +213,7 @@ def push_to_hub(
     repo, _ = hub.parse(repo)
     try:
         from huggingface_hub import HfApi
-    except Exception:
+    except Exception:  # a broken installation too
         raise ValueError(f"Uploading needs huggingface_hub. {hub.INSTALL}") from None
     api = HfApi(token=token, library_name="unveil")
     with tempfile.TemporaryDirectory() as folder:

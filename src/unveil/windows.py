@@ -4,7 +4,6 @@ Heights and widths are pixels; a hole is a (H, W) bool array, True where it is t
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,28 +33,8 @@ class Region:
         return slice(self.left, self.right)
 
 
-@dataclass(frozen=True)
-class _Box:
-    """Around a hole, or around several; side: the longest side of one of them."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-    side: int
-
-    def union(self, other: "_Box") -> "_Box":
-        return _Box(
-            min(self.top, other.top),
-            min(self.left, other.left),
-            max(self.bottom, other.bottom),
-            max(self.right, other.right),
-            max(self.side, other.side),
-        )
-
-
-def _boxes(hole: np.ndarray, cell: int) -> list[_Box]:
-    """Boxes around parts of a hole that lie a cell or more apart."""
+def _boxes(hole: np.ndarray, cell: int) -> np.ndarray:
+    """Boxes around parts of a hole that lie a cell or more apart: (n, 5), top, left, bottom, right and the longer side."""
     H, W = hole.shape
     padded = np.pad(hole, ((0, -H % cell), (0, -W % cell)))
     coarse = padded.reshape(padded.shape[0] // cell, cell, -1, cell).any((1, 3))
@@ -66,9 +45,16 @@ def _boxes(hole: np.ndarray, cell: int) -> list[_Box]:
         top, left = rows.start * cell, columns.start * cell
         inside = hole[top : rows.stop * cell, left : columns.stop * cell]
         y, x = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-        y0, y1, x0, x1 = int(y[0]), int(y[-1]) + 1, int(x[0]), int(x[-1]) + 1
-        boxes.append(_Box(top + y0, left + x0, top + y1, left + x1, max(y1 - y0, x1 - x0)))
-    return boxes
+        y0, y1, x0, x1 = y[0], y[-1] + 1, x[0], x[-1] + 1
+        boxes.append((top + y0, left + x0, top + y1, left + x1, max(y1 - y0, x1 - x0)))
+    return np.array(boxes, dtype=np.int64).reshape(-1, 5)
+
+
+def _together(boxes: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The box around each of some and another; its side is the longer one of the two, as each hole has its own surroundings."""
+    return np.concatenate(
+        [np.minimum(boxes[..., :2], other[..., :2]), np.maximum(boxes[..., 2:], other[..., 2:])], axis=-1
+    )
 
 
 def _span(low: int, high: int, length: int, end: int) -> tuple[int, int]:
@@ -85,32 +71,29 @@ class _View:
         fits = min(shape[0] / size[0], shape[1] / size[1])  # a window of this scale lies inside the picture
         self.least, self.most = min(1.0, fits), min(max(max_scale, 1.0), fits)
 
-    def margin(self, box: _Box) -> float:
-        return self.context * box.side
+    def needs(self, boxes: np.ndarray) -> np.ndarray:
+        """The scale, in picture pixels for each of the window's, at which one window shows a box and its surroundings."""
+        sides = boxes[..., 2:4] - boxes[..., :2] + 2 * self.context * boxes[..., 4:]
+        return (np.minimum(sides, self.shape) / self.size).max(-1)
 
-    def needs(self, box: _Box) -> float:
-        """The scale, in picture pixels for each of the window's, at which one window shows the box and its surroundings."""
-        sides = (box.bottom - box.top, box.right - box.left)
-        wanted = [min(side + 2 * self.margin(box), whole) for side, whole in zip(sides, self.shape, strict=True)]
-        return max(length / ours for length, ours in zip(wanted, self.size, strict=True))
-
-    def region(self, box: _Box) -> Region:
-        scale = min(max(self.needs(box), self.least), self.most)
-        lengths = []
-        for low, high, ours, whole in zip(
-            (box.top, box.left), (box.bottom, box.right), self.size, self.shape, strict=True
-        ):
-            margin = min(self.margin(box), ours * scale / 2)  # no window at the hole's edge sees more
-            lengths.append(min(max(round(high - low + 2 * margin), round(ours * scale)), whole))
-        if self.needs(box) <= self.most:  # one window, so of its shape
-            lengths = [min(round(ours * scale), whole) for ours, whole in zip(self.size, self.shape, strict=True)]
-            height, width = self.size
-        else:
+    def region(self, box: np.ndarray) -> Region:
+        needs = float(self.needs(box))
+        scale = min(max(needs, self.least), self.most)
+        lengths = [min(round(ours * scale), whole) for ours, whole in zip(self.size, self.shape, strict=True)]
+        height, width = self.size
+        if (
+            needs > self.most
+        ):  # several windows, of which those at the hole's edge see no more than half a window beside it
+            margins = [min(self.context * box[4], ours * scale / 2) for ours in self.size]
+            sides = [round(side + 2 * margin) for side, margin in zip(box[2:4] - box[:2], margins, strict=True)]
+            lengths = [
+                min(max(side, least), whole) for side, least, whole in zip(sides, lengths, self.shape, strict=True)
+            ]
             height, width = (
                 max(ours, math.ceil(length / scale)) for ours, length in zip(self.size, lengths, strict=True)
             )
-        top, bottom = _span(box.top, box.bottom, lengths[0], self.shape[0])
-        left, right = _span(box.left, box.right, lengths[1], self.shape[1])
+        top, bottom = _span(int(box[0]), int(box[2]), lengths[0], self.shape[0])
+        left, right = _span(int(box[1]), int(box[3]), lengths[1], self.shape[1])
         return Region(top, left, bottom, right, height, width)
 
 
@@ -131,14 +114,17 @@ def regions(hole: np.ndarray, size: tuple[int, int], context: float = 0.5, max_s
     boxes = _boxes(hole, max(1, min(size) // 4))
     i = 0
     while i < len(boxes):
-        for j in range(i + 1, len(boxes)):
-            both = boxes[i].union(boxes[j])
-            apart = max(view.needs(boxes[i]), view.needs(boxes[j]), view.least)
-            if view.needs(both) <= max(apart, min(1.0, view.most)):
-                boxes[i : j + 1] = [both, *boxes[i + 1 : j]]
-                i = -1  # the larger box may hold others that were not together with its parts
-                break
-        i += 1
+        both = _together(boxes, boxes[i])
+        apart = np.maximum(np.maximum(view.needs(boxes), view.needs(boxes[i])), view.least)
+        fits = view.needs(both) <= np.maximum(apart, min(1.0, view.most))
+        fits[i] = False
+        if fits.any():  # what they are together may fit to others that one of them did not, so it is asked again
+            j = int(fits.argmax())
+            boxes[i] = both[j]
+            boxes = np.delete(boxes, j, axis=0)
+            i -= j < i
+        else:
+            i += 1
     return [view.region(box) for box in boxes]
 
 
@@ -165,11 +151,3 @@ def next_window(hole: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice] 
         return None
     i, j = np.unravel_index(np.where(left == 0, size[0] * size[1] + 1, left).argmin(), left.shape)
     return slice(tops[i], tops[i] + size[0]), slice(lefts[j], lefts[j] + size[1])
-
-
-def windows(hole: np.ndarray, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Every window of a region in turn, each as if those before were painted."""
-    left = hole.copy()
-    while (window := next_window(left, size)) is not None:
-        yield window
-        left[window] = False

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,7 +13,7 @@ from torch import Tensor
 from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.config import Clip
 from unveil.data import BadPicture, Source, check_pixels, open_source
-from unveil.originals import Original, read_original, save_pixels
+from unveil.originals import Original, hole_of, read_original, save_pixels
 from unveil.painting import paint, resize
 from unveil.pipeline import NAMED_MASKS, Sampler, masked_view, named_holes
 from unveil.report import contact_sheet, save_png
@@ -61,7 +60,7 @@ def _read_mask(path: str) -> Tensor:
     """A mask picture as (H, W) bool; at least half white is True."""
     try:
         with Image.open(path) as image:
-            values = torch.from_numpy(np.array(image.convert("L")))
+            return torch.from_numpy(hole_of(image, f"--mask {path!r}"))
     except FileNotFoundError:
         raise ValueError(
             f"--mask {path!r} is neither random:SHARE, center:SHARE, tube:SHARE, nor a file that exists. "
@@ -69,11 +68,6 @@ def _read_mask(path: str) -> Tensor:
         ) from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"--mask {path!r} cannot be read as a picture ({error}).") from None
-    if 0 < values.max() < 128:
-        raise ValueError(
-            f"--mask {path!r} has no white: its brightest value is {values.max()} of 255. White is repainted."
-        )
-    return values >= 128
 
 
 def _in_sheet(view: Tensor, side: int) -> Tensor:
