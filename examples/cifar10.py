@@ -19,8 +19,9 @@ import tyro
 
 from unveil.checkpoint import load_model
 from unveil.data import Samples, batches, open_source
+from unveil.holes import masked_view, named_holes
 from unveil.metrics import hole_mse, psnr
-from unveil.pipeline import masked_view, named_holes, predict, repaint
+from unveil.pipeline import predict, repaint
 from unveil.report import contact_sheet, save_png
 from unveil.tasks.evaluate import Evaluate, evaluate, score
 from unveil.tasks.pretrain import Pretrain, pretrain

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from unveil.checkpoint import load_model
 from unveil.config import Condition, Schedule
 from unveil.data import Samples, batches, open_source
+from unveil.holes import masked_view, named_holes
 from unveil.losses import Draws, Objective, draw
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import masked_view, named_holes, predict, repaint
+from unveil.pipeline import predict, repaint
 from unveil.pretraining import RecipeName
 from unveil.recipe import Recipe
 from unveil.report import Page, contact_sheet, curve, save_png

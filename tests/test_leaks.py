@@ -31,11 +31,12 @@ from torch.testing import assert_close
 
 from unveil.config import Term
 from unveil.corruption import corrupt
+from unveil.holes import pixels_of
 from unveil.layers import Trunk
 from unveil.losses import BranchDraws, Draws, Objective, draw
 from unveil.masking import Mask, gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import pixels_of, predict, repaint
+from unveil.pipeline import predict, repaint
 from unveil.recipe import Recipe
 from unveil.sizes import stage_ends
 from unveil.tokens import patch_norm, unpatchify
@@ -581,7 +582,7 @@ def test_known_pixels_inside_a_hidden_token_are_told_at_every_step(name: str) ->
 
 @pytest.mark.parametrize("name", [*PAINTERS, "mae_raw"])
 @pytest.mark.parametrize("num_steps, num_samples", [(1, 1), (5, 3)])
-def test_the_encoder_runs_once(name: str, num_steps: int, num_samples: int) -> None:
+def test_the_encoder_runs_once(name: str, num_steps: int, num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For each group of rows with equal counts, whatever the steps and samples."""
     model = painter(name)
     calls = {"encoder": 0, "decoder": 0}
@@ -591,12 +592,16 @@ def test_the_encoder_runs_once(name: str, num_steps: int, num_samples: int) -> N
         )
     clips = clips_for(model.recipe, 4)
     repaint(model, clips, token_holes(model.recipe, 4, 7), num_steps=num_steps, num_samples=num_samples)
-    steps = 1 if name == "mae_raw" else num_steps * num_samples  # an MAE has one answer, however many are asked for
+    steps = 1 if name == "mae_raw" else num_steps  # of all samples together; an MAE has one answer and one step
     assert calls == {"encoder": 1, "decoder": steps}
     calls.update(encoder=0, decoder=0)
     holes = torch.cat([token_holes(model.recipe, 2, 7), token_holes(model.recipe, 2, 8)])[[0, 2, 1, 3]]
     repaint(model, clips, holes, num_steps=num_steps, num_samples=num_samples)
     assert calls == {"encoder": 2, "decoder": 2 * steps}
+    calls.update(encoder=0, decoder=0)
+    monkeypatch.setattr("unveil.pipeline.ROWS_AT_ONCE", 4)  # too few for two samples of the four clips
+    repaint(model, clips, token_holes(model.recipe, 4, 7), num_steps=num_steps, num_samples=num_samples)
+    assert calls == {"encoder": 1, "decoder": steps if name == "mae_raw" else steps * num_samples}
 
 
 @pytest.mark.parametrize("name", ["cross_self", "joint", "mae_raw", "video"])

@@ -8,9 +8,10 @@ import torch
 from small import VARIANTS, build, clips_for, small, small_variant
 from torch import Tensor
 
+from unveil.holes import masked_view, named_holes
 from unveil.masking import group_rows, scatter, tokens_touched
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import masked_view, named_holes, predict, repaint
+from unveil.pipeline import predict, repaint
 
 
 def all_of(value: bool) -> Tensor:

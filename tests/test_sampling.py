@@ -214,38 +214,77 @@ def test_other_samplers_leave_the_share_aside() -> None:
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, FLOW])
-def test_each_step_but_the_last_is_taken_again(schedule: Schedule) -> None:
-    """Three passes: two ways back to t in between, so five draws, none for the step to 0."""
+def test_each_step_but_the_first_is_taken_again(schedule: Schedule) -> None:
+    """Three passes: two ways back to t in between, so five draws; two for the last step, which is to 0."""
     visited: list[float] = []
     noise, times = Counted(), schedule.times(4)
     ddpm(fake, start(), schedule, times, noise, lambda t, x_t, x0: visited.append(t), num_resamples=3)
-    assert visited == [t for t in times[:-2] for _ in range(3)] + times[-2:-1]
-    assert noise.count == 5 * 3
+    assert visited == [times[0], *(t for t in times[1:-1] for _ in range(3))]
+    assert noise.count == 1 + 5 + 5 + 2
     once = Counted()
     ddpm(fake, start(), schedule, times, once)
     assert once.count == 3
 
 
-@pytest.mark.parametrize("schedule, t, s", [(LINEAR, 500, 499), (LINEAR, 900, 300), (FLOW, 0.8, 0.2), (FLOW, 1.0, 0.7)])
-def test_the_way_back_is_the_forward_process(schedule: Schedule, t: float, s: float) -> None:
-    """Draws of 0 and then of 2: x_s is the posterior's mean, and the second x_t is its noised copy."""
+def repaint_visits(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
+    """The steps left at each prediction of RePaint's walk, as its paper tells it (arXiv 2201.09865): whenever a multiple of
+    jump_length below num_steps - jump_length is reached, jump_length steps back up, num_resamples - 1 times."""
+    jumps = dict.fromkeys(range(0, num_steps - jump_length, jump_length), num_resamples - 1)
+    left, visits = num_steps, []
+    while left >= 1:
+        visits.append(left)
+        left -= 1
+        if jumps.get(left, 0) > 0:
+            jumps[left] -= 1
+            left += jump_length
+    return visits
+
+
+@pytest.mark.parametrize("num_steps, jump_length", [(20, 5), (23, 5), (5, 5), (4, 9), (6, 1), (12, 10)])
+def test_jumps_are_repaints(num_steps: int, jump_length: int) -> None:
+    times = FLOW.times(num_steps)
+    visited: list[float] = []
+    ddpm(
+        fake,
+        start(),
+        FLOW,
+        times,
+        Counted(),
+        lambda t, x_t, x0: visited.append(t),
+        num_resamples=3,
+        jump_length=jump_length,
+    )
+    assert visited == [times[num_steps - left] for left in repaint_visits(num_steps, jump_length, 3)]
+
+
+@pytest.mark.parametrize(
+    "schedule, times", [(LINEAR, (600, 500, 498, 249)), (LINEAR, (990, 900, 600, 300)), (FLOW, (0.9, 0.8, 0.5, 0.2))]
+)
+@pytest.mark.parametrize("jump_length", [1, 2])
+def test_the_way_back_is_the_forward_process(schedule: Schedule, times: tuple[float, ...], jump_length: int) -> None:
+    """Draws of 0 and then of 2: each x_s is the posterior's mean, and the second x_t is the noised copy of what it came to."""
     states: list[Tensor] = []
-    sizes = iter([0.0, 2.0, 0.0])
+    down = [0.0] * (1 + jump_length)
+    sizes = iter([*down, 2.0, *down])
     ddpm(
         fake,
         start(),
         schedule,
-        [t, s, 0],
-        lambda x: torch.full_like(x, next(sizes)),
+        [
+            *times[: 2 + jump_length],
+            *([] if jump_length == 1 else [type(times[3])(times[3] / 3)]),
+            0,
+        ],  # the jump under test is not the last
+        lambda x: torch.full_like(x, next(sizes, 0.0)),
         lambda t, x_t, x0: states.append(x_t),
         num_resamples=2,
+        jump_length=jump_length,
     )
-    now, then = schedule.rates(t), schedule.rates(s)
-    x_s = posterior(start(), fake(start(), t), now, then)[0]
-    step, added = transition(now, then)
-    assert_close(states[1], step * x_s + 2 * added.sqrt(), rtol=1e-12, atol=1e-12)
-    assert_close(states[2], posterior(states[1], fake(states[1], t), now, then)[0], rtol=1e-12, atol=1e-12)
-    assert next(sizes, None) is None
+    x = states[1]
+    for now, then in pairwise(times[1 : 2 + jump_length]):
+        x = posterior(x, fake(x, now), schedule.rates(now), schedule.rates(then))[0]
+    step, added = transition(schedule.rates(times[1]), schedule.rates(times[1 + jump_length]))
+    assert_close(states[1 + jump_length], step * x + 2 * added.sqrt(), rtol=1e-12, atol=1e-12)
 
 
 # What every sampler promises
@@ -290,10 +329,10 @@ def test_ddim_refuses_eta_without_noise() -> None:
         ddim(fake, start(), LINEAR, [1000, 0], eta=0.5)
 
 
-@pytest.mark.parametrize("num_resamples", [0, -3])
-def test_ddpm_refuses_num_resamples(num_resamples: int) -> None:
-    with pytest.raises(ValueError, match=f"num_resamples={num_resamples}, but every step is taken at least once"):
-        ddpm(fake, start(), LINEAR, [1000, 0], forbidden, num_resamples=num_resamples)
+@pytest.mark.parametrize("given", [{"num_resamples": 0}, {"num_resamples": -3}, {"jump_length": 0}])
+def test_ddpm_refuses_resampling(given: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(given))}={next(iter(given.values()))}.* taken at least once"):
+        ddpm(fake, start(), LINEAR, [1000, 0], forbidden, **given)
 
 
 # diffusers, with our samplers

@@ -124,6 +124,7 @@ class InpaintPipeline:
         sampler: Sampler = "dpmpp",
         context: float = 0.5,
         max_scale: float = 2.0,
+        feather: int = 0,
     ) -> InpaintOutput | tuple[Any]:
         """Repaint.
 
@@ -142,6 +143,7 @@ class InpaintPipeline:
                 first sample of each picture, with the picture as the model then takes it to be. What it returns is ignored.
             sampler: "dpmpp", "ddim" or "ddpm".
             context, max_scale: as in `unveil.windows.regions`.
+            feather: so many pixels around each hole are painted too, and blended; 0 keeps all of them.
 
         Raises:
             ValueError: pictures and masks do not fit, or the model was not trained for what is asked.
@@ -181,9 +183,10 @@ class InpaintPipeline:
                 seed=seed,
                 context=context,
                 max_scale=max_scale,
+                feather=feather,
                 on_step=None if callback_on_step_end is None else self._telling(callback_on_step_end),
             )
-            made += [original.painted(sample, hole) for sample in painted.samples]
+            made += [original.painted(sample, painted.hole) for sample in painted.samples]
             disagreement.append(painted.disagreement()[0].numpy())
         images = _as(made, output_type)
         return InpaintOutput(images, disagreement) if return_dict else (images,)

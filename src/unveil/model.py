@@ -314,7 +314,7 @@ class MaskedDiffusionAutoencoder(Backbone):
 
         Returns:
             denoise(x_t, t): clean values of the hidden tokens, (B, M, P), within their range; of a model that learned its
-            variance, also that share of it, (B, M, P), about 0 to 1.
+            variance, also that share of it, (B, M, P), about 0 to 1. With S samples of each clip, one after another, B * S.
         """
         recipe, schedule = self.recipe, self.schedule
         assert schedule is not None and recipe.samplers_heads
@@ -327,10 +327,16 @@ class MaskedDiffusionAutoencoder(Backbone):
             raise ValueError(
                 f"This {recipe.name} cannot be sampled by {head!r}; it predicts {', '.join(recipe.samplers_heads)} for noise."
             )
-        truth = gather(x0, mask.hidden)
         context = self.prepare(gather(x0, mask.visible), mask.visible) if recipe.noise_on == "hidden" else None
+        once = (gather(x0, mask.hidden), mask.hidden, mask.visible, known, labels)
 
         def denoise(x_t: Tensor, t: float) -> Tensor | tuple[Tensor, Tensor]:
+            num_samples = len(x_t) // len(x0)  # which share the context
+            truth, hidden, visible, known, labels = (
+                given if given is None or num_samples == 1 else given.repeat_interleave(num_samples, 0)
+                for given in once
+            )
+            assert truth is not None and hidden is not None and visible is not None
             times = torch.full((len(x_t),), t, device=x_t.device)
             rates = schedule.rates(t)
             if known is not None:
@@ -339,10 +345,10 @@ class MaskedDiffusionAutoencoder(Backbone):
             if context is not None:
                 assert self.decoder is not None
                 cond, _ = self._told(times, labels, x_t)
-                predictions = self.head(self.decoder(context, mask.hidden, x_t, cond)[1], cond)
+                predictions = self.head(self.decoder(context, hidden, x_t, cond)[1], cond)
             else:
                 scale = 1.0 if guidance is None else guidance(t)
-                predictions = self._guided(x_t, Mask(mask.hidden, mask.visible), times, labels, scale)
+                predictions = self._guided(x_t, Mask(hidden, visible), times, labels, scale)
             prediction = predictions[head].float()
             if head == "eps":
                 prediction = x0_from_eps(x_t, prediction, *rates)

@@ -12,9 +12,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from unveil import draws
+from unveil.holes import pixels_of
 from unveil.masking import tokens_touched
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, Step, pixels_of, predict, repaint
+from unveil.pipeline import Sampler, Step, predict, repaint
 from unveil.tokens import patchify
 from unveil.windows import Region, next_window, regions
 
@@ -23,13 +24,15 @@ OnStep = Callable[[float, Callable[[], Tensor]], None]
 
 @dataclass(frozen=True)
 class Painted:
-    """samples: (S, C, T, H, W). prediction: (C, T, H, W), what one step from the visible pixels gives, a mean.
+    """samples: (S, C, T, H, W). prediction: (C, T, H, W), what one step from the visible pixels gives, a mean. hole: (T, H, W),
+    where these differ from the input; larger than the mask if it was feathered.
 
     Values in [0, 1]; pixels outside the hole equal the input.
     """
 
     samples: Tensor
     prediction: Tensor
+    hole: Tensor
 
     def disagreement(self) -> Tensor:
         """How far the samples lie apart: their standard deviation as a mean over channels, (T, H, W); 0 of one sample."""
@@ -61,6 +64,17 @@ def shrink_around(clips: Tensor, hole: Tensor, height: int, width: int) -> Tenso
     weight = _bicubic(known, height, width)
     # where little is known, the pixel lies in the hole and is painted anyway
     return torch.where(weight > 0.4, _bicubic(clips * known, height, width) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+
+
+def feather_weights(hole: Tensor, width: int) -> Tensor:
+    """How much of what is painted is shown, (T, H, W) in [0, 1]: all of it in the hole, and less and less up to `width` pixels
+    outside."""
+    if width == 0 or not hole.any():
+        return hole.float()
+    far: Any = [torch.from_numpy(ndimage.distance_transform_edt(~frame)) for frame in hole.numpy()]
+    # a frame without a hole is far from any
+    near = [(1 - d / (width + 1)).clamp(min=0) if frame.any() else d * 0 for d, frame in zip(far, hole, strict=True)]
+    return torch.stack(near).float()
 
 
 class _Canvas:
@@ -155,7 +169,7 @@ class _Brush:
 
     def _paint(self, clips: Tensor, hole: Tensor, on_made: OnStep | None) -> Tensor:
         def watch(step: Step) -> None:
-            if on_made is not None and step.sample == 0:
+            if on_made is not None and int(step.samples[0]) == 0:
                 on_made(step.t, lambda: step.clips()[0].cpu())  # the first sample is the first row
 
         number = next(self.numbers)
@@ -195,6 +209,7 @@ def paint(
     whole: bool = False,
     context: float = 0.5,
     max_scale: float = 2.0,
+    feather: int = 0,
     on_step: OnStep | None = None,
 ) -> Painted:
     """Paint the holes of a picture of any size.
@@ -208,6 +223,7 @@ def paint(
         seed, index: the noise depends on (seed, index, sample) and, after the first window, the window's number alone.
         whole: bring all of the picture to the model's size, whatever its shape, in place of windows around the holes.
         context, max_scale: as in `unveil.windows.regions`.
+        feather: paint so many pixels around the hole too, and blend them into the picture, more and more of it further out.
         on_step: called at each step of the first sample with the time, and a function that gives the picture (C, T, H, W) as it
             would be with the hole filled by what the model then takes it for; grey where it was not painted yet.
 
@@ -219,6 +235,10 @@ def paint(
     """
     if not (context >= 0 and max_scale >= 1):
         raise ValueError(f"context={context:g} must be at least 0, and max_scale={max_scale:g} at least 1.")
+    if feather < 0:
+        raise ValueError(f"feather={feather} pixels around the hole cannot be blended. Give 0 or more.")
+    weights = feather_weights(hole, feather)
+    hole = weights > 0
     sizes = model.recipe.clip
     size = sizes.height, sizes.width
     H, W = clip.shape[-2:]
@@ -240,4 +260,5 @@ def paint(
             clips[view] = brush.paint(clips[view], left[view], on_made)
             left[view] = False
         canvas.put(region, clips)
-    return Painted(canvas.clips[:-1], canvas.clips[-1])
+    shown = torch.where(weights < 1, torch.lerp(clip, canvas.clips, weights), canvas.clips)
+    return Painted(shown[:-1], shown[-1], hole)

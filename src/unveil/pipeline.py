@@ -8,26 +8,28 @@ import torch
 from torch import Tensor
 
 from unveil import draws
-from unveil.config import Clip, Predict, check_choice, nearest
-from unveil.masking import Mask, draw_mask, gather, group_rows, scatter, tokens_touched
+from unveil.config import Predict, check_choice
+from unveil.masking import Mask, gather, group_rows, scatter, tokens_touched
 from unveil.model import AnyModel, Guidance, MaskedDiffusionAutoencoder
 from unveil.sampling import Denoise, OnStep, by_scheduler, ddim, ddpm, dpmpp_2m
-from unveil.tokens import Grid, patchify
+from unveil.tokens import patchify
 
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 NUM_RESAMPLES = 10  # RePaint's (arXiv 2201.09865), for models that can be told of known pixels by replacement only
+ROWS_AT_ONCE = 64  # samples of the same clips go through the decoder together, but a large batch is no faster for it
 
 
 class RowNoise:
-    """Standard normal noise of (B, ...) in which row i of sample s depends on (seed, indices[i], s) alone, not on the batch."""
+    """Standard normal noise of (B * S, ...), S samples of one clip after another, in which sample s of clip i depends on
+    (seed, indices[i], s) alone, not on the batch."""
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
         self.seed, self._indices = seed, indices
-        self.begin(0)
+        self.begin([0])
 
-    def begin(self, sample: int) -> None:
-        """Start the streams of another sample."""
-        self._generators = [draws.generator(self.seed, i, sample, "sample") for i in self._indices]
+    def begin(self, samples: Sequence[int]) -> None:
+        """Start the streams of other samples."""
+        self._generators = [draws.generator(self.seed, i, s, "sample") for i in self._indices for s in samples]
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self._generators]).to(x)
@@ -37,15 +39,20 @@ class RowNoise:
 class Step:
     """Where a sampler of `repaint` is, for who watches it.
 
-    t: the time. sample: which of num_samples. rows: which of the clips, (b,). tokens: what it now takes their hidden tokens
-    for, (b, M, P). clips: makes of that (b, C, T, H, W), the clips with their holes so filled.
+    t: the time. rows, samples: which of the clips, and which of their num_samples, (b,). tokens: what it now takes their hidden
+    tokens for, (b, M, P). clips: makes of that (b, C, T, H, W), the clips with their holes so filled.
     """
 
     t: float
-    sample: int
     rows: Tensor
+    samples: Tensor
     tokens: Tensor
     clips: Callable[[], Tensor]
+
+
+def default_sampler(model: AnyModel) -> Sampler:
+    """What 20 steps are enough for; but a model that is told of known pixels by replacement needs `repaint`'s resampling."""
+    return "ddpm" if model.recipe.noise_on == "visible" else "dpmpp"
 
 
 def _check_whole(model: AnyModel) -> None:
@@ -104,12 +111,14 @@ def _sample(
     noise: "RowNoise",
     eta: float = 0.0,
     num_resamples: int = 1,
+    jump_length: int = 1,
     on_step: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     schedule = model.schedule
     assert schedule is not None
     if sampler == "ddpm":
-        return ddpm(denoise, start, schedule, times, noise, on_step, num_resamples=num_resamples)
+        again = {"num_resamples": num_resamples, "jump_length": jump_length}
+        return ddpm(denoise, start, schedule, times, noise, on_step, **again)
     if sampler == "ddim":
         return ddim(denoise, start, schedule, times, on_step, eta=eta, noise=noise)
     if sampler == "dpmpp":
@@ -126,12 +135,12 @@ def _check_sampler(owner: str, sampler: Any) -> None:
 
 
 def _watch(
-    on_step: Callable[[Step], None] | None, sample: int, rows: Tensor, filled: Callable[[Tensor], Tensor]
+    on_step: Callable[[Step], None] | None, rows: Tensor, samples: Tensor, filled: Callable[[Tensor], Tensor]
 ) -> OnStep | None:
     """What a sampler tells, told as a `Step`."""
     if on_step is None:
         return None
-    return lambda t, x_t, x0: on_step(Step(t, sample, rows, x0, lambda: filled(x0)))
+    return lambda t, x_t, x0: on_step(Step(t, rows, samples, x0, lambda: filled(x0)))
 
 
 @torch.inference_mode()
@@ -146,6 +155,8 @@ def repaint(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     reimpose_known: bool = True,
+    num_resamples: int = NUM_RESAMPLES,
+    jump_length: int = 1,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Fill the holes of clips by conditional diffusion.
@@ -160,7 +171,9 @@ def repaint(
         num_samples: different answers for each hole.
         seed, indices: noise of clip i and sample s depends on (seed, indices[i], s) alone; indices are 0, 1, ... if not given.
         reimpose_known: tell the sampler the known pixels inside hidden tokens at every step.
-        on_step: told each step; clips with other numbers of hidden tokens take theirs after another.
+        num_resamples, jump_length: of RePaint, as in `ddpm`, for models whose encoder sees the noise.
+        on_step: told each step; clips with other numbers of hidden tokens take theirs one after another, and samples that are
+            too many to be painted together.
 
     Returns:
         (B, num_samples, C, T, H, W); pixels outside the holes equal the input bit for bit.
@@ -190,18 +203,29 @@ def repaint(
         known = known if known.any() and (reimpose_known or model.recipe.noise_on == "visible") else None
         noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
         denoise = model.denoiser(x0[rows], mask, known, noise)
-        again = NUM_RESAMPLES if model.recipe.noise_on == "visible" and known is not None else 1
+        again = num_resamples if model.recipe.noise_on == "visible" and known is not None else 1
+        start = gather(x0[rows], mask.hidden)
+        for samples in torch.arange(num_samples).split(max(1, ROWS_AT_ONCE // len(rows))):
+            which = rows.repeat_interleave(len(samples))
+            noise.begin(samples.tolist())
 
-        def filled(tokens: Tensor, rows: Tensor = rows, mask: Mask = mask) -> Tensor:
-            pixels = model.clips(scatter(x0[rows], mask.hidden, tokens))
-            return torch.where(holes[rows][:, None], pixels, clips[rows])
+            def filled(tokens: Tensor, which: Tensor = which, mask: Mask = mask, times: int = len(samples)) -> Tensor:
+                hidden = mask.hidden.repeat_interleave(times, 0)
+                pixels = model.clips(scatter(x0[which], hidden, tokens))
+                return torch.where(holes[which][:, None], pixels, clips[which])
 
-        for sample in range(num_samples):
-            noise.begin(sample)
-            start = noise(gather(x0[rows], mask.hidden))
-            watch = _watch(on_step, sample, rows, filled)
-            painted = _sample(denoise, start, model, sampler, times, noise, num_resamples=again, on_step=watch)
-            result[rows, sample] = filled(painted)
+            painted = _sample(
+                denoise,
+                noise(start.repeat_interleave(len(samples), 0)),
+                model,
+                sampler,
+                times,
+                noise,
+                num_resamples=again,
+                jump_length=jump_length,
+                on_step=_watch(on_step, which, samples.repeat(len(rows)), filled),
+            )
+            result[rows[:, None], samples.to(rows)] = filled(painted).unflatten(0, (len(rows), len(samples)))
     return result
 
 
@@ -339,44 +363,3 @@ def generate(
     step = None if on_step is None else lambda t, x_t, x0: on_step(t, x0)
     made = _sample(denoise, noise(x0), model, sampler, times, noise, eta=eta, on_step=step)
     return model.clips(made)
-
-
-NAMED_MASKS = {"random": 0.75, "center": 0.25, "tube": 0.75}
-
-
-def named_holes(clip: Clip, mask: str, indices: Sequence[int], seed: int) -> Tensor:
-    """The holes that a word and a share name, for the clips with these indices, as pixels (B, T, H, W).
-
-    Args:
-        mask: random:SHARE of the tokens, center:SHARE of the area, or tube:SHARE of the places in every frame; without a
-            share, the usual one. The holes of a clip depend on (seed, its index) alone.
-
-    Raises:
-        ValueError: the word is unknown, or the share is no number from 0 to 1.
-    """
-    name, _, share = mask.partition(":")
-    if name not in NAMED_MASKS:
-        raise ValueError(
-            f"The mask {mask!r} is unknown: name one with its share, as random:0.75. {nearest(name, NAMED_MASKS)}"
-        )
-    try:
-        value = float(share) if share else NAMED_MASKS[name]
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ValueError(f"The mask {mask!r} needs a share from 0 to 1, as in {name}:{NAMED_MASKS[name]}.")
-    drawn = draw_mask(name, [draws.generator(seed, i, "evaluation mask") for i in indices], clip.grid, value)
-    return pixels_of(drawn.flags(), clip.grid, clip.patch_size, clip.tubelet_size)
-
-
-def masked_view(clips: Tensor, holes: Tensor, gray: float = 0.5) -> Tensor:
-    """The clips with gray where they are hidden, for people to see."""
-    return torch.where(holes[:, None], torch.full_like(clips, gray), clips)
-
-
-def pixels_of(hidden: Tensor, grid: Grid, patch_size: int, tubelet_size: int = 1) -> Tensor:
-    """Hidden tokens (B, N) bool as the pixel mask (B, T, H, W) that they cover."""
-    blocks = hidden.reshape(len(hidden), *grid)
-    for dim, size in ((1, tubelet_size), (2, patch_size), (3, patch_size)):
-        blocks = blocks.repeat_interleave(size, dim)
-    return blocks

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unveil.holes import masked_view, pixels_of
 from unveil.masking import draw_mask, gather, scatter
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import generate, masked_view, pixels_of, predict, repaint
+from unveil.pipeline import generate, predict, repaint
 from unveil.report import contact_sheet
 from unveil.tokens import patch_statistics
 

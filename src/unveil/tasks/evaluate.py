@@ -9,9 +9,10 @@ from torch import Tensor
 
 from unveil.checkpoint import FromRun, load_model, pick_device
 from unveil.data import Samples, batches, source_for
+from unveil.holes import named_holes
 from unveil.metrics import hole_mse, laplacian_energy, psnr
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, named_holes, predict, repaint
+from unveil.pipeline import Sampler, predict, repaint
 
 
 @dataclass(frozen=True, kw_only=True)
