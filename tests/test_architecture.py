@@ -92,6 +92,7 @@ FLOORS = {
     "gallery": 7,
     "originals": 6,
     "painting": 7,
+    "anomalies": 7,
     "mask_files": 7,
     "inpainting": 8,
     "windows": 2,

@@ -462,6 +462,7 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         few = {
             "plan": " --measure-seconds 0.05",
             "inpaint": " --limit 2 --num-steps 5",
+            "anomaly": " --limit 2 --num-steps 2",
             "evaluate": " --limit 2 --num-steps 5",
             "generate": " --num-steps 5",
             "bench": " --rounds 1 --size Nano/16 --image-size 32",

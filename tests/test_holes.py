@@ -1,6 +1,5 @@
 """Holes by name, and masks from files: what is white is repainted, and which mask belongs to which picture."""
 
-
 import pytest
 import torch
 from scipy import ndimage

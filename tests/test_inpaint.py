@@ -498,7 +498,9 @@ def test_the_chain_of_predictions_as_an_animation(tmp_path: Path, run_of: Callab
     result = go(run_of(), source, tmp_path / "out", mask=mask(tmp_path / "m.png", hole), num_steps=6, animate=True)
     files = result["pictures"][0]["files"]
     with Image.open(files["chain"]) as chain:
-        assert getattr(chain, "n_frames", 1) == 1 + 6  # the last step is the sample, and Pillow shows it once for longer
+        assert (
+            getattr(chain, "n_frames", 1) == 1 + 6
+        )  # the last step is the sample, and Pillow shows it once for longer
         assert chain.info["loop"] == 0
         frames = []
         for i in range(7):

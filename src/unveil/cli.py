@@ -16,6 +16,7 @@ from unveil.config import nearest
 from unveil.foreign import NAMES
 from unveil.planning import FEW_STEPS
 from unveil.spread import Spread
+from unveil.tasks.anomaly import Anomaly, anomaly
 from unveil.tasks.bench import Bench, bench
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.doctor import Doctor, doctor
@@ -46,6 +47,7 @@ Command = (
     | Annotated[FinetuneGenerator, tyro.conf.subcommand("finetune-generator")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
+    | Annotated[Anomaly, tyro.conf.subcommand("anomaly")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Segment, tyro.conf.subcommand("segment")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
@@ -67,6 +69,7 @@ COMMANDS = (
     "finetune-generator",
     "generate",
     "inpaint",
+    "anomaly",
     "probe",
     "segment",
     "embed",
@@ -544,6 +547,23 @@ def _tell_inpaint(result: dict[str, Any]) -> Iterator[str]:
     yield f"Repainted {len(result['pictures'])} picture(s) into {result['out']}; side by side in {result['sheet']}."
 
 
+def _tell_anomaly(result: dict[str, Any]) -> Iterator[str]:
+    yield from result["notices"]
+    if "auroc" in result:
+
+        def percent(value: float | None) -> str:
+            return "unknown, as only one kind is there" if value is None else f"{value:.1f} %"
+
+        areas = result["auroc"]
+        yield f"Area under the ROC curve, pictures: {percent(areas['pictures'])}."
+        for kind, value in areas["by_kind"].items():
+            yield f"  {kind}: {percent(value)}"
+        if "pixels" in areas:
+            yield f"Area under the ROC curve, pixels: {percent(areas['pixels'])}."
+    against = f"above what {result['calibrated']} normal pictures show" if result["calibrated"] else "not calibrated"
+    yield f"Scores of {len(result['pictures'])} pictures, {against}: {result['scores']}; the highest in {result['sheet']}."
+
+
 def _tell_branch(branch: dict[str, Any]) -> str:
     """One branch in words."""
     share = "" if branch["share"] == 1 else f"{branch['share']:.0%} of the clips: "
@@ -691,6 +711,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     FinetuneGenerator: (_training(finetune_generator), _tell_start),
     Generate: (_counted(generate, "sample"), _tell_generate),
     Inpaint: (_counted(inpaint, "picture"), _tell_inpaint),
+    Anomaly: (_counted(anomaly, "picture"), _tell_anomaly),
     Probe: (_counted(probe, "sample"), _tell_probe),
     Segment: (_counted(segment, "picture"), _tell_segment),
     Embed: (_counted(embed, "sample"), _tell_embed),

@@ -112,6 +112,16 @@ class Original:
         return save_pixels(path, self.pixels, self.has_alpha, self.profile)
 
 
+def stem_of(where: str, taken: set[str]) -> str:
+    """The name of the files made of a picture: its own without the extension, or numbered if another one took that already."""
+    plain = Path(where).with_suffix("").as_posix().replace("/", "_").replace(" ", "_")
+    stem, number = plain, 2
+    while stem in taken:
+        stem, number = f"{plain}_{number}", number + 1
+    taken.add(stem)
+    return stem
+
+
 def save_pixels(path: Path, pixels: np.ndarray, has_alpha: bool = False, profile: bytes | None = None) -> Path:
     """Write (T, H, W, C) without losing a bit, and return where.
 

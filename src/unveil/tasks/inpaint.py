@@ -16,7 +16,7 @@ from unveil.data import BadPicture, Source, check_pixels, open_source
 from unveil.holes import NAMED_HOLES, masked_view, named_holes, parse_named, strokes
 from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.originals import Original, read_original, save_pixels
+from unveil.originals import Original, read_original, save_pixels, stem_of
 from unveil.painting import Painted, paint, resize, resize_hole
 from unveil.pipeline import Sampler, default_sampler
 from unveil.report import contact_sheet, save_png, to_image
@@ -86,18 +86,6 @@ def _heat(apart: Tensor) -> Tensor:
 
     colours = colormaps["inferno"]((apart / 0.3).clamp(0, 1).numpy())[..., :3]
     return torch.from_numpy(colours).permute(3, 0, 1, 2).float()
-
-
-def _stem(where: str, mask: str | None, taken: set[str]) -> str:
-    """The name of a picture's files: its own without the extension, and its mask's if it has several; numbered if
-    another one has that already."""
-    plain = Path(where).with_suffix("").as_posix() + ("" if mask is None else f"_{mask}")
-    plain = plain.replace("/", "_").replace(" ", "_")
-    stem, number = plain, 2
-    while stem in taken:
-        stem, number = f"{plain}_{number}", number + 1
-    taken.add(stem)
-    return stem
 
 
 class _Chain:
@@ -298,7 +286,8 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
             )
         chain = _Chain() if options.animate else None
         painted = job.paint(index, clip, hole, num_samples, chain)
-        stem = _stem(where, mask if options.each_mask else None, stems)
+        name = Path(where).with_suffix("").as_posix()
+        stem = stem_of(f"{name}_{mask}.png" if options.each_mask else where, stems)
         views, files = _saved(options.out, stem, original, clip, hole, painted, chain)
         pictures.append({"picture": where, "mask": mask, "files": files})
         for label, view in {"picture": clip, **views}.items():
