@@ -9,14 +9,17 @@ pixels by replacement, and a diffusion U-Net that is told of the mask.
 
 Every network sees the same kind of masks while it trains, random:0.75. MAE has DiffMAE's encoder and decoder, and sees as many
 pictures; DiT and UMD get DiffMAE's arithmetic, and the U-Net its seconds. All rows fill the same holes of the same test
-pictures. Stopped or killed, the same command goes on; what is finished is skipped. Several may share a directory, with arms
-of their own.
+pictures, and are compared with the truth by decibels in the hole and by a classifier's features (the distance of LPIPS,
+without its weights). Stopped or killed, the same command goes on; what is finished is skipped. Several may share a
+directory, with arms of their own.
 """
 
 import dataclasses
 import functools
+import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +27,24 @@ import torch
 import torch.nn.functional as F
 import tyro
 from comparison import Results, timed
+from torch import Tensor
 
 from unveil import draws, recipes
-from unveil.checkpoint import write_atomically
-from unveil.classifier import judge_pictures, load_arrays, save_judge, train_judge
+from unveil.checkpoint import load_model, write_atomically
+from unveil.classifier import Judge, judge_pictures, load_arrays, load_judge, save_judge, train_judge
 from unveil.cost import masked_step
-from unveil.holes import named_holes
+from unveil.data import Samples, batches, open_source
+from unveil.holes import masked_view, named_holes
+from unveil.mask_files import MaskFolder
+from unveil.metrics import frechet_distance, hole_mse, laplacian_energy, psnr
+from unveil.model import MaskedDiffusionAutoencoder
 from unveil.optim import lr_factor
+from unveil.painting import resize_hole
+from unveil.pipeline import RowNoise, Sampler, predict, repaint
 from unveil.recipe import Recipe
+from unveil.report import contact_sheet, save_png
+from unveil.sampling import dpmpp_2m
+from unveil.schedule import make_schedule, x0_from_eps
 from unveil.tasks.pretrain import Pretrain, pretrain
 
 Arm = Literal["diffmae", "mae_raw", "dit", "umd", "unet", "judge"]
@@ -53,8 +66,14 @@ class Options:
     epochs: int = 6
     """Of DiffMAE and MAE."""
     judge_epochs: int = 6
+    limit: int = 256
+    """Test pictures, from the first on."""
+    num_samples: int = 2
+    """Of each hole; of those in 1,000 steps one."""
     seed: int = 0
     compile: bool = True
+    scores: bool = True
+    """Make the table too, of what is trained."""
 
 
 def recipe_of(arm: str, options: Options) -> Recipe:
@@ -184,6 +203,203 @@ def judge(options: Options) -> dict[str, Any]:
     return about
 
 
+Fill = Callable[[Tensor, Tensor, int], Tensor]  # clips, holes and the number of samples to (B, S, C, T, H, W)
+
+
+def one(fill: Callable[[Tensor, Tensor], Tensor]) -> Fill:
+    """A fill that has one answer."""
+    return lambda clips, holes, num_samples: fill(clips, holes)[:, None]
+
+
+def mean_colour(clips: Tensor, holes: Tensor) -> Tensor:
+    inside = holes[:, None].expand_as(clips)
+    mean = clips.masked_fill(inside, 0).sum((2, 3, 4)) / (~inside).sum((2, 3, 4)).clamp(min=1)
+    return torch.where(inside, mean[:, :, None, None, None], clips)
+
+
+def classical(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """OpenCV's fills (radius 3) or scikit-image's biharmonic one, picture by picture."""
+
+    def fill(clips: Tensor, holes: Tensor) -> Tensor:
+        import cv2
+        from skimage.restoration import inpaint_biharmonic  # type: ignore[import-not-found]
+
+        filled = []
+        for clip, hole in zip(clips, holes, strict=True):
+            pixels, mask = clip[:, 0].permute(1, 2, 0).numpy(), hole[0].numpy()
+            if name == "biharmonic":
+                made = inpaint_biharmonic(pixels * ~mask[..., None], mask, channel_axis=-1)
+            else:
+                flag = cv2.INPAINT_TELEA if name == "Telea" else cv2.INPAINT_NS
+                made = cv2.inpaint((pixels * 255).round().astype("uint8"), mask.astype("uint8") * 255, 3, flag) / 255
+            filled.append(torch.from_numpy(made).float().clamp(0, 1).permute(2, 0, 1)[:, None])
+        return torch.where(holes[:, None], torch.stack(filled), clips)
+
+    return fill
+
+
+def by_model(model: MaskedDiffusionAutoencoder, sampler: Sampler, num_steps: int, **more: Any) -> Fill:
+    def fill(clips: Tensor, holes: Tensor, num_samples: int) -> Tensor:
+        return repaint(
+            model, clips, holes, num_steps=num_steps, sampler=sampler, num_samples=num_samples, seed=0, **more
+        )
+
+    return fill
+
+
+def by_unet(file: Path, image_size: int, num_steps: int) -> Fill:
+    """The U-Net's average, sampled by DPM-Solver++ as DiffMAE is."""
+    model = torch.optim.swa_utils.AveragedModel(unet_model(image_size))
+    model.load_state_dict(torch.load(file, weights_only=True)["average"])
+    model.eval()
+    schedule = make_schedule("linear", 1.0)  # diffusers' default
+
+    @torch.inference_mode()
+    def fill(clips: Tensor, holes: Tensor, num_samples: int) -> Tensor:
+        x, hole = clips[:, :, 0] * 2 - 1, holes.float()
+        told = torch.cat([x * (1 - hole), hole], 1)
+        made = []
+        for sample in range(num_samples):
+            start = RowNoise(sample, range(len(x)))(x)
+
+            def denoise(x_t: Tensor, t: float) -> Tensor:
+                k = torch.full((len(x_t),), int(t) - 1)
+                return x0_from_eps(x_t, model(torch.cat([x_t, told], 1), k).sample, *schedule.rates(t)).clamp(-1, 1)
+
+            painted = dpmpp_2m(denoise, start, schedule, schedule.times(num_steps))
+            made.append(torch.where(holes[:, None], (painted[:, :, None] + 1) / 2, clips))
+        return torch.stack(made, 1)
+
+    return fill
+
+
+def rows_of(options: Options) -> dict[str, tuple[Fill, int]]:
+    """What fills the holes, and how many samples of it are taken; of the networks those that are trained."""
+    rows: dict[str, tuple[Fill, int]] = {"mean colour": (one(mean_colour), 1)}
+    rows |= {name: (one(classical(name)), 1) for name in ("Telea", "Navier-Stokes", "biharmonic")}
+    trained_ones = Results(options.out / "results.json").read()
+    S = options.num_samples
+
+    def loaded(arm: str) -> MaskedDiffusionAutoencoder:
+        return load_model(options.out / arm)[0]
+
+    if "mae_raw" in trained_ones:
+        mae = loaded("mae_raw")
+        rows["MAE, raw pixels"] = (one(lambda clips, holes: predict(mae, clips, holes)), 1)
+    if "diffmae" in trained_ones:
+        diffmae = loaded("diffmae")
+        rows["DiffMAE, prediction in 1 step"] = (one(lambda clips, holes: predict(diffmae, clips, holes)), 1)
+        for steps in (5, 20, 100):
+            rows[f"DiffMAE, {steps} steps"] = (by_model(diffmae, "dpmpp", steps), S)
+        rows["DiffMAE, 1,000 steps of DDPM"] = (by_model(diffmae, "ddpm", 1000), 1)
+    for arm, name in (("dit", "DiT"), ("umd", "UMD")):
+        if arm in trained_ones:
+            model = loaded(arm)
+            rows[f"{name}, replacement, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=1), S)
+            rows[f"{name}, RePaint, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=10, jump_length=10), S)
+    if "unet" in trained_ones:
+        for steps in (20, 100):
+            rows[f"U-Net, {steps} steps"] = (by_unet(options.out / "unet" / "unet.pt", options.image_size, steps), S)
+    return rows
+
+
+@torch.inference_mode()
+def feature_maps(judge: Judge, clips: Tensor) -> list[Tensor]:
+    """Of each layer of the classifier, every place's vector of length 1."""
+    x = (clips[:, :, 0] - judge.mean[:, None, None]) / judge.std[:, None, None]
+    maps = []
+    for layer in judge.body:
+        x = layer(x)
+        maps.append(F.normalize(x, dim=1))
+    return maps
+
+
+def feature_distance(judge: Judge, filled: Tensor, truth: Tensor) -> Tensor:
+    """Squared distance of the features at each place, mean over places and layers: LPIPS with all weights 1, (B,)."""
+    pairs = zip(feature_maps(judge, filled), feature_maps(judge, truth), strict=True)
+    return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+def told(values: Tensor) -> dict[str, float]:
+    """Mean over pictures and half of its 95 % interval."""
+    return {"mean": values.mean().item(), "ci95": 1.96 * values.std().item() / math.sqrt(len(values))}
+
+
+def scored(fill: Fill, num_samples: int, clips: Tensor, holes: Tensor, judge: Judge) -> tuple[dict[str, Any], Tensor]:
+    begin = cpu_seconds()
+    samples = torch.cat([fill(c, h, num_samples) for c, h in zip(clips.split(64), holes.split(64), strict=True)])
+    seconds = cpu_seconds() - begin
+    each = [psnr(hole_mse(samples[:, s], clips, holes)) for s in range(samples.shape[1])]
+    features = judge_pictures(judge, samples[:, 0, :, 0]).features
+    sharp = torch.stack([laplacian_energy(samples[:, s], holes) for s in range(samples.shape[1])]).mean(0)
+    result = {
+        "psnr_of_a_sample": told(torch.stack(each).mean(0)),
+        "psnr_of_the_mean": told(psnr(hole_mse(samples.mean(1), clips, holes))),
+        "feature_distance": told(
+            torch.stack([feature_distance(judge, samples[:, s], clips) for s in range(samples.shape[1])]).mean(0)
+        ),
+        "frechet_distance": frechet_distance(features, judge_pictures(judge, clips[:, :, 0]).features),
+        "sharpness": (sharp.sum() / laplacian_energy(clips, holes).sum()).item(),
+        "samples": samples.shape[1],
+        "cpu_seconds_a_sample": seconds / len(clips) / samples.shape[1],
+    }
+    return result, samples[:12, 0]
+
+
+def test_pictures(options: Options) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pictures, and holes of each kind for them; picture i takes an irregular mask drawn by its number."""
+    clip = recipe_of("diffmae", options).clip
+    samples = Samples(open_source(options.test, 3), clip, seed=0, training=None)
+    clips = next(iter(batches(samples, options.limit, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips()
+    holes = {mask: named_holes(clip, mask, range(len(clips)), seed=0) for mask in ("random:0.75", "center:0.25")}
+    folder = MaskFolder(open_source(str(options.masks), 1), False, ())
+    order = torch.randperm(len(folder), generator=draws.generator(0, "masks")).tolist()
+    holes["irregular"] = torch.stack(
+        [resize_hole(folder.read(order[i % len(order)]).hole[None], clip.height, clip.width) for i in range(len(clips))]
+    )
+    return clips, holes
+
+
+def score(options: Options, results: Results) -> None:
+    clips, kinds = test_pictures(options)
+    judge, _ = load_judge(options.out / "judge.safetensors")
+    for mask, holes in kinds.items():
+        sheet = [("truth", list(clips[:12])), (f"hidden, {mask}", list(masked_view(clips[:12], holes[:12])))]
+        for name, (fill, num_samples) in rows_of(options).items():
+            kept = options.out / "painted" / f"{mask.partition(':')[0]}_{name}.pt"
+
+            def make(
+                fill: Fill = fill, num: int = num_samples, holes: Tensor = holes, kept: Path = kept
+            ) -> dict[str, Any]:
+                figures, few = scored(fill, num, clips, holes, judge)
+                kept.parent.mkdir(exist_ok=True)
+                torch.save(few, kept)
+                return figures
+
+            results.part("score", mask, name, make=make)
+            sheet.append((name, list(torch.load(kept))))
+        save_png(options.out / f"{mask.partition(':')[0]}.png", contact_sheet(sheet, cell=64))
+    print(table(results.read()["score"]))
+
+
+def table(values: dict[str, Any]) -> str:
+    lines = []
+    for mask, rows in values.items():
+        lines += ["", f"| {mask} | dB, the mean | dB, a sample | feature distance | Fréchet | sharpness | CPU s |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for name, r in rows.items():
+            cells = [
+                name,
+                *(f"{r[k]['mean']:.2f} ± {r[k]['ci95']:.2f}" for k in ("psnr_of_the_mean", "psnr_of_a_sample")),
+                f"{r['feature_distance']['mean']:.3f} ± {r['feature_distance']['ci95']:.3f}",
+                f"{r['frechet_distance']:.2f}",
+                f"{r['sharpness']:.2f}",
+                f"{r['cpu_seconds_a_sample']:.3f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "results.json")
@@ -202,6 +418,8 @@ def main(options: Options) -> None:
                     **pretrained(arm, options),  # noqa: B023
                 },
             )
+    if options.scores:
+        score(options, results)
 
 
 if __name__ == "__main__":
