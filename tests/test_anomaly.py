@@ -84,7 +84,7 @@ def test_masks_that_leave_tokens_out_refuse(num_masks: int, mask_ratio: float) -
 
 
 def test_surprise_is_in_deviations_between_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same error counts less where samples disagree: 0.3^2 / (2 * 0.1^2 + 0.1^2) against 0.3^2 / 0.1^2."""
+    """The same error counts less where samples disagree: 0.3^2 / (2 * 0.1^2 + 0.2^2) against 0.3^2 / 0.2^2."""
     clip = torch.full((3, 1, 16, 16), 0.8)
     samples = torch.full((1, 2, 3, 1, 16, 16), 0.5)
     samples[:, 0, ..., :8] += 0.1
@@ -93,8 +93,8 @@ def test_surprise_is_in_deviations_between_the_samples(monkeypatch: pytest.Monke
     monkeypatch.setattr(anomalies.ndimage, "gaussian_filter", lambda frame, sigma: frame)
     holes = torch.ones(1, 1, 16, 16, dtype=torch.bool)
     found = surprise(build(small()), clip, holes, num_samples=2, num_steps=1)
-    assert torch.allclose(found[..., :8], torch.tensor(3.0))
-    assert torch.allclose(found[..., 8:], torch.tensor(9.0))
+    assert torch.allclose(found[..., :8], torch.tensor(1.5))
+    assert torch.allclose(found[..., 8:], torch.tensor(2.25))
 
 
 def test_only_what_is_hidden_counts(grey_painter: None) -> None:
@@ -105,7 +105,7 @@ def test_only_what_is_hidden_counts(grey_painter: None) -> None:
         surprise(model, clip, ensemble_holes(CLIP, k, r, 0), num_samples=1, num_steps=1)
         for k, r in ((8, 0.75), (4, 0.5))
     ]
-    assert torch.allclose(found[0], torch.full_like(found[0], (0.8 - 100 / 255) ** 2 / 0.01), rtol=1e-4)
+    assert torch.allclose(found[0], torch.full_like(found[0], (0.8 - 100 / 255) ** 2 / 0.04), rtol=1e-4)
     assert torch.allclose(*found, rtol=1e-4)
 
 
