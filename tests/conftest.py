@@ -41,6 +41,8 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, value in state.items():
         if name.endswith("conv.weight"):
             state[name] = torch.randn(value.shape, generator=drawn) * (2 / value[0].numel()) ** 0.5
+        elif name.endswith("bn.bias"):
+            state[name] = torch.randn(value.shape, generator=drawn) / 2
         elif name == "fc.weight":
             state[name] = torch.randn(value.shape, generator=drawn) / 10
     torch.save(state, path)

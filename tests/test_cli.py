@@ -459,11 +459,10 @@ def skipped_step(run: Path, bundle: Path) -> None:
     )
 
 
-def test_readme_commands_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil, inception_weights: Path
-) -> None:
+def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil) -> None:
     """One after the other, on two dozen photos; epochs, pictures and steps are fewer, and what is timed is smaller."""
     from test_convert import UmdSize, umd_tree, written  # what a file of UMD's looks like
+    from test_evaluate_generation import look_quickly  # in place of Inception
 
     if not README.exists():
         pytest.skip("there is no README.md")
@@ -476,6 +475,8 @@ def test_readme_commands_run(
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(values).save(target)
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    look_quickly(monkeypatch)
     monkeypatch.setattr("unveil.sheet.SHEET_STEPS", 5)
     monkeypatch.setattr(
         "unveil.tasks.bench._peak_memory", lambda *arguments: 1
@@ -488,7 +489,7 @@ def test_readme_commands_run(
             "plan": " --measure-seconds 0.05",
             "inpaint": " --limit 2 --num-steps 5",
             "evaluate inpainting": " --limit 2 --num-steps 5",
-            "evaluate generation": f" --weights {inception_weights} --device cpu --cache statistics",
+            "evaluate generation": " --weights inception.pth --cache statistics",
             "generate": " --num-steps 5",
             "bench": " --rounds 1 --size Nano/16 --image-size 32",
             "finetune": " --epochs 2",

@@ -1,6 +1,7 @@
 """SSIM and LPIPS against their library and independent arithmetic, and weights that are there, missing, fetched or wrong."""
 
 import hashlib
+import os
 import pickle
 import urllib.error
 from pathlib import Path
@@ -233,8 +234,10 @@ def test_fetching_refuses(tmp_path: Path, published: Published, monkeypatch: pyt
 
 
 class Evil:
+    """Makes a folder `was_here` where it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path("/tmp/unveil-was-here").touch, ()
+        return os.mkdir, ("was_here",)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,8 @@ class Evil:
         ({"a": 1}, "holds no table of tensors"),
     ],
 )
-def test_read_state_refuses(tmp_path: Path, content: Any, words: str) -> None:
+def test_read_state_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -255,7 +259,7 @@ def test_read_state_refuses(tmp_path: Path, content: Any, words: str) -> None:
         torch.save(content, path)
     with pytest.raises(ValueError, match=words):
         read_state(Weights(path, "0", False), "a network")
-    assert not Path("/tmp/unveil-was-here").exists()
+    assert not (tmp_path / "was_here").exists()
 
 
 def test_the_usual_folder_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
