@@ -26,7 +26,7 @@ from unveil.contenders import Ours
 from unveil.cost import masked_step
 from unveil.recipe import Recipe
 from unveil.tasks.bench import commit, hardware
-from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.evaluate import EvaluateInpainting, evaluate_inpainting
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 
@@ -143,8 +143,10 @@ def learn(options: Options, name: str, seed: int, epochs: int) -> dict[str, Any]
         "knn": probed["results"]["encoder"]["knn"],
     }
     for mask in ("random:0.75", "center:0.25"):
-        scores = evaluate(
-            Evaluate(run=out, data=str(options.test), mask=mask, num_samples=4, num_steps=20, device="cpu")
+        scores = evaluate_inpainting(
+            EvaluateInpainting(
+                run=out, data=str(options.test), mask=mask, num_samples=4, num_steps=20, sampler="ddpm", device="cpu"
+            )
         )
         row[mask] = {key: scores["psnr"][key] for key in ("prediction", "sample", "sample_mean")}
     return row

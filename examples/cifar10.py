@@ -23,7 +23,7 @@ from unveil.holes import masked_view, named_holes
 from unveil.metrics import hole_mse, psnr
 from unveil.pipeline import predict, repaint
 from unveil.report import contact_sheet, save_png
-from unveil.tasks.evaluate import Evaluate, evaluate, score
+from unveil.tasks.evaluate import EvaluateInpainting, evaluate_inpainting, score
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 
@@ -78,7 +78,12 @@ def main(options: Options) -> None:
         "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
         "training": {**trained, "wall_clock_seconds": training_seconds},
         "probe": probe(Probe(run=options.out, data=options.train, test_data=options.test)),
-        "repaint": {m: evaluate(Evaluate(run=options.out, data=options.test, mask=m, limit=256)) for m in MASKS},
+        "repaint": {
+            m: evaluate_inpainting(
+                EvaluateInpainting(run=options.out, data=options.test, mask=m, limit=256, num_steps=50, sampler="ddpm")
+            )
+            for m in MASKS
+        },
     }
     model, _ = load_model(options.out)
     source = open_source(options.test, 3)

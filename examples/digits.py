@@ -24,7 +24,7 @@ from unveil.pretraining import RecipeName
 from unveil.recipe import Recipe
 from unveil.report import Page, contact_sheet, curve, save_png
 from unveil.rundir import METRICS, SHEET
-from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.evaluate import EvaluateInpainting, evaluate_inpainting
 from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.train import Progress
@@ -110,7 +110,9 @@ def main() -> None:
     }
     print("Repainting held-out digits...", file=sys.stderr)
     scores = {
-        (name, mask): evaluate(Evaluate(run=run, data="digits:test", mask=mask, limit=360))
+        (name, mask): evaluate_inpainting(
+            EvaluateInpainting(run=run, data="digits:test", mask=mask, limit=360, num_steps=50, sampler="ddpm")
+        )
         for name, run in runs.items()
         for mask in ("random:0.75", "center:0.25")
     }

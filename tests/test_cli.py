@@ -36,7 +36,10 @@ from unveil.train import Progress
 from unveil.trouble import Step, write_bundle
 
 ABOUT = About(step=1, images_seen=1, ema_decay=None, data="nothing", command="none")
-COMMANDS = {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", options.__name__).lower(): options for options in cli.RUN}
+COMMANDS = {  # as people write them
+    re.sub(r"(?<=[a-z])(?=[A-Z])", "-", options.__name__).lower().replace("evaluate-", "evaluate "): options
+    for options in cli.RUN
+}
 DIGITS: dict[str, Any] = {"size": "Nano/2", "channels": 1, "height": 8}
 README = Path(__file__).parent.parent / "README.md"
 
@@ -101,8 +104,9 @@ def photos(folder: Path, classes: int = 2, each: int = 12, size: int = 20) -> Pa
 
 
 def test_every_command_can_be_run() -> None:
-    assert tuple(COMMANDS) == cli.COMMANDS
-    assert {"pretrain", "inpaint", "probe", "evaluate", "info"} <= COMMANDS.keys()
+    assert tuple(dict.fromkeys(command.split()[0] for command in COMMANDS)) == cli.COMMANDS
+    assert tuple(command.split()[1] for command in COMMANDS if command.startswith("evaluate ")) == cli.EVALUATIONS
+    assert {"pretrain", "inpaint", "probe", "evaluate inpainting", "info"} <= COMMANDS.keys()
 
 
 # Output
@@ -114,7 +118,10 @@ COMMANDS_WITH_FIELDS = [
     ("pretrain --data digits:test --out {new} --epochs 1", {"out", "finished", "step", "loss", "skipped"}),
     ("inpaint --run {run} --images digits:test --out {new} --limit 2 --num-steps 2", {"pictures", "sheet"}),
     ("probe --run {run} --data digits:test", {"results", "train_samples", "test_samples"}),
-    ("evaluate --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2", {"psnr", "std", "sharpness"}),
+    (
+        "evaluate inpainting --run {run} --data digits:test --limit 4 --num-steps 2 --num-samples 2",
+        {"psnr", "std", "sharpness", "scores"},
+    ),
     ("info --run {run}", {"recipe", "about", "can", "parameters"}),
 ]
 
@@ -132,7 +139,11 @@ COMMANDS_WITH_FIELDS = [
         ("finetune-generator --run {dit} --data digits:test --out {new} --epochs 1", {"fresh", "loaded"}, False),
         ("probe --run {dit} --data digits:test --time 51 --no-baselines", {"results", "pool", "time"}, False),
         ("inpaint --run {dit} --images digits:test --out {new} --limit 1 --num-steps 2", {"pictures", "sheet"}, False),
-        ("evaluate --run {dit} --data digits:test --limit 2 --num-steps 2 --num-samples 2", {"psnr", "std"}, False),
+        (
+            "evaluate inpainting --run {dit} --data digits:test --limit 2 --num-steps 2 --num-samples 2",
+            {"psnr", "std"},
+            False,
+        ),
     ],
 )
 def test_json_is_the_last_line_of_stdout_and_text_is_on_stderr(
@@ -141,8 +152,8 @@ def test_json_is_the_last_line_of_stdout_and_text_is_on_stderr(
     if "{dit}" in command:
         save(tmp_path / "dit_run", "dit", **DIGITS)
     command = command.format(run=digits, dit=tmp_path / "dit_run", new=tmp_path / "new")
-    name, _, rest = command.partition(" ")
-    outcome = unveil(f"{name} --json {rest}" if first else f"{command} --json")
+    name = next(name for name in COMMANDS if command.startswith(f"{name} "))
+    outcome = unveil(f"{name} --json {command.removeprefix(name)}" if first else f"{command} --json")
     assert outcome.code == 0
     (line,) = outcome.out.splitlines()
     result = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -264,7 +275,7 @@ def test_probe_at_a_time_that_the_model_never_saw_refuses(
 
 
 def test_evaluate_is_repeatable_and_independent_of_the_batch(digits: Path, unveil: Unveil) -> None:
-    command = "evaluate --data digits:test --limit 12 --num-steps 3 --num-samples 2 --json"
+    command = "evaluate inpainting --data digits:test --limit 12 --num-steps 3 --num-samples 2 --json"
     first = json.loads(unveil(command, "--run", digits).out)
     assert json.loads(unveil(command, "--run", digits).out) == first
     other = json.loads(unveil(command + " --batch-size 5", "--run", digits).out)
@@ -275,7 +286,7 @@ def test_evaluate_is_repeatable_and_independent_of_the_batch(digits: Path, unvei
 
 def test_evaluate_of_raw_mae_has_no_samples(tmp_path: Path, unveil: Unveil) -> None:
     run = save(tmp_path / "mae", "mae_raw", size="Nano/2", channels=1, height=8)
-    result = json.loads(unveil("evaluate --data digits:test --limit 4 --json --run", run).out)
+    result = json.loads(unveil("evaluate inpainting --data digits:test --limit 4 --json --run", run).out)
     assert result["psnr"].keys() == {"mean_fill", "prediction"}
     assert "std" not in result
 
@@ -386,9 +397,16 @@ def test_help_describes_every_option(unveil: Unveil, command: str) -> None:
 def test_help_names_every_command(unveil: Unveil, words: str) -> None:
     outcome = unveil(words)
     assert outcome.code == 0
-    for command in COMMANDS:
+    for command in cli.COMMANDS:
         assert command in outcome.out
     assert "--json" in outcome.out
+
+
+def test_help_of_evaluate_names_both(unveil: Unveil) -> None:
+    outcome = unveil("evaluate --help")
+    assert outcome.code == 0
+    assert "{inpainting,generation}" in outcome.out
+    assert "{inpainting,generation}" in unveil("evaluate --json --help").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -403,6 +421,11 @@ def parse(command: str) -> Any:
     return tyro.cli(cli.Command, args=words)  # type: ignore[call-overload]
 
 
+def name_of(command: str) -> str:
+    words = command.split()
+    return " ".join(words[: 2 if words[0] == "evaluate" else 1])
+
+
 def readme_commands() -> list[str]:
     if not README.exists():
         return []
@@ -415,9 +438,9 @@ def test_readme_commands_parse() -> None:
     if not README.exists():
         pytest.skip("there is no README.md")
     commands = readme_commands()
-    assert {command.split()[0] for command in commands} == COMMANDS.keys()
+    assert {name_of(command) for command in commands} == COMMANDS.keys()
     for command in commands:
-        assert isinstance(parse(command), COMMANDS[command.split()[0]])
+        assert isinstance(parse(command), COMMANDS[name_of(command)])
 
 
 def skipped_step(run: Path, bundle: Path) -> None:
@@ -439,6 +462,7 @@ def skipped_step(run: Path, bundle: Path) -> None:
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil) -> None:
     """One after the other, on two dozen photos; epochs, pictures and steps are fewer, and what is timed is smaller."""
     from test_convert import UmdSize, umd_tree, written  # what a file of UMD's looks like
+    from test_evaluate_generation import look_quickly  # in place of Inception
 
     if not README.exists():
         pytest.skip("there is no README.md")
@@ -451,6 +475,8 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(values).save(target)
     written(tmp_path / "umd.npz", umd_tree(UmdSize()))
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    look_quickly(monkeypatch)
     monkeypatch.setattr("unveil.sheet.SHEET_STEPS", 5)
     monkeypatch.setattr(
         "unveil.tasks.bench._peak_memory", lambda *arguments: 1
@@ -463,13 +489,14 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
             "plan": " --measure-seconds 0.05",
             "inpaint": " --limit 2 --num-steps 5",
             "anomaly": " --limit 2 --num-steps 2",
-            "evaluate": " --limit 2 --num-steps 5",
+            "evaluate inpainting": " --limit 2 --num-steps 5",
+            "evaluate generation": " --weights inception.pth --cache statistics",
             "generate": " --num-steps 5",
             "bench": " --rounds 1 --size Nano/16 --image-size 32",
             "finetune": " --epochs 2",
         }
         command = re.sub(r"--num-samples \d+", "--num-samples 2", re.sub(r"--epochs \d+", "--epochs 2", command))
-        outcome = unveil(command + few.get(command.split()[0], ""))
+        outcome = unveil(command.replace("--download", "") + few.get(name_of(command), ""))
         assert outcome.code == 0, (command, outcome.err)
     assert (tmp_path / "painted" / "sheet.png").exists()
     assert (tmp_path / "segmented" / "segment.json").exists()
@@ -587,13 +614,20 @@ NEW = "{tmp}/new"
         ("probe --run {first} --data digits", ["was written by Unveil 0.1"]),
         ("probe --run {broken} --data digits", ["lacks 1 of"]),
         ("probe --run {tmp}/nowhere --data digits", ["does not exist"]),
-        ("evaluate --run {run} --data digits --mask random:1", ["hides everything"]),
-        ("evaluate --run {run} --data digits --mask box", ["The mask 'box' is unknown"]),
-        ("evaluate --run {run} --data digits --limit 0", ["--limit 0"]),
-        ("evaluate --run {run} --data digits --limit 2 --num-samples 0", ["num_samples=0"]),
-        ("evaluate --run {run} --data digits --limit 2 --num-steps 1001", ["num_steps=1001"]),
-        ("evaluate --run {run} --data digits --device gpu", ["--device gpu cannot be used"]),
-        ("evaluate --run {mae} --data digits", ["patch-normalised"]),
+        ("evaluate inpainting --run {run} --data digits --mask random:1", ["hides everything"]),
+        ("evaluate inpainting --run {run} --data digits --mask box", ["The mask 'box' is unknown"]),
+        ("evaluate inpainting --run {run} --data digits --limit 0", ["--limit 0"]),
+        ("evaluate inpainting --run {run} --data digits --limit 2 --num-samples 0", ["num_samples=0"]),
+        ("evaluate inpainting --run {run} --data digits --limit 2 --num-steps 1001", ["num_steps=1001"]),
+        ("evaluate inpainting --run {run} --data digits --device gpu", ["--device gpu cannot be used"]),
+        ("evaluate inpainting --run {mae} --data digits", ["patch-normalised"]),
+        ("evaluate", ["`unveil evaluate inpainting` scores", "`unveil evaluate generation` generated"]),
+        ("evaluate --run {run} --data digits", ["`unveil evaluate inpainting` scores"]),
+        ("evaluate painting --run {run}", ["`unveil evaluate inpainting` scores"]),
+        (
+            "evaluate generation --images digits --reference digits --weights {tmp}/empty",
+            ["fetch https://github.com/toshas"],
+        ),
         ("info --run {tmp}/nowhere", ["does not exist"]),
         ("info --run {tmp}/afile", ["cannot be read as safetensors"]),
     ],
@@ -648,7 +682,9 @@ def test_a_users_error_is_one_line_and_exit_code_2(
         ("pretrain --data digits --out x --mask-ration 0.5", "--mask-ratio"),
         ("inpaint --run x --images digits --out x --num-step 3", "--num-steps"),
         ("probe --run x --data digits --test-date digits", "--test-data"),
-        ("evaluate --run x --data digits --sampel ddim", "--sampler"),
+        ("evaluate inpainting --run x --data digits --sampel ddim", "--sampler"),
+        ("evaluate generation --images x --reference y --resize clan", "clean"),
+        ("evaluate generation --images x --referense y", "--reference"),
         ("info --ran x", "--run"),
         ("pretrane --data digits", "'pretrain'"),
         ("doktor --data digits", "'doctor'"),
@@ -782,7 +818,7 @@ def test_the_command_is_installed_and_the_global_state_is_left_alone(tmp_path: P
 def test_commands_leave_the_global_generator_alone(tmp_path: Path, digits: Path, unveil: Unveil) -> None:
     state = torch.get_rng_state()
     unveil("probe --data digits:test --labels-per-class 3 --run", digits)
-    unveil("evaluate --data digits:test --limit 2 --num-steps 2 --num-samples 2 --run", digits)
+    unveil("evaluate inpainting --data digits:test --limit 2 --num-steps 2 --num-samples 2 --run", digits)
     unveil("inpaint --images digits:test --limit 1 --num-steps 2 --run", digits, "--out", tmp_path / "out")
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -637,7 +637,7 @@ def test_commands_that_read_pictures_refuse_a_model_of_latents(
     Image.new("RGB", (9, 9), "red").save(tmp_path / "photos" / "a.png")
     for command in (
         "probe --data {photos}",
-        "evaluate --data {photos}",
+        "evaluate inpainting --data {photos}",
         f"finetune-generator --data {{photos}} --out {tmp_path}/new",
         f"inpaint --images {{photos}} --out {tmp_path}/new",
     ):

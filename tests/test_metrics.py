@@ -17,6 +17,7 @@ from unveil.metrics import (
     choose_ridge,
     fewshot_predict,
     frechet_distance,
+    gaussian_distance,
     hole_mse,
     knn_predict,
     laplacian_energy,
@@ -204,6 +205,29 @@ def test_frechet_distance_is_the_same_in_rotated_features() -> None:
     a, b = features(200), features(150, seed=1)
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator(2), dtype=torch.float64)).Q
     assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+
+
+@pytest.mark.parametrize("n, m", [(300, 200), (20, 300), (9, 5)])
+def test_the_distance_of_gaussians_is_that_of_their_samples(n: int, m: int) -> None:
+    """Also where there are fewer samples than features, and with features that never fire or are a sum of others."""
+    g = generator()
+    a, b = (torch.randn(k, 40, generator=g, dtype=torch.float64) * torch.logspace(-2, 2, 40) for k in (n, m))
+    for x in (a, b):
+        x[:, 7] = 0
+        x[:, 8] = x[:, 9] + x[:, 10]
+    told = gaussian_distance((a.mean(0), torch.cov(a.T)), (b.mean(0), torch.cov(b.T)))
+    assert told == pytest.approx(frechet_distance(a, b), rel=1e-7)
+    assert gaussian_distance((a.mean(0), torch.cov(a.T)), (a.mean(0), torch.cov(a.T))) <= 1e-9 * told
+
+
+def test_gaussian_distance_refuses() -> None:
+    mean, covariance = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"they must be \(D,\) and \(D, D\) with one D"):
+        gaussian_distance((mean, covariance), (torch.zeros(4), torch.eye(4)))
+    with pytest.raises(ValueError, match=r"they must be \(D,\) and \(D, D\) with one D"):
+        gaussian_distance((mean, covariance[:2]), (mean, covariance))
+    with pytest.raises(ValueError, match="infinite values or NaN"):
+        gaussian_distance((mean, covariance), (mean / 0, covariance))
 
 
 def test_frechet_distance_is_biased_upward_for_few_samples() -> None:

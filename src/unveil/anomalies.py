@@ -12,8 +12,8 @@ from unveil.holes import pixels_of
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import default_sampler, predict, repaint
 
-# A deviation of the samples, in units of the range, below which they are all as sure. On damaged digits a larger one is better and
-# none best, on photos with parts of others a smaller one (results/README.md).
+# A deviation of the samples, in units of the range, below which they are all as sure. On damaged digits a larger one is
+# better, on photos with parts of others a smaller one (results/README.md).
 FLOOR = 0.2
 
 

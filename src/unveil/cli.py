@@ -21,7 +21,8 @@ from unveil.tasks.bench import Bench, bench
 from unveil.tasks.convert import Convert, convert
 from unveil.tasks.doctor import Doctor, doctor
 from unveil.tasks.embed import Embed, embed
-from unveil.tasks.evaluate import Evaluate, evaluate
+from unveil.tasks.evaluate import EvaluateInpainting, evaluate_inpainting
+from unveil.tasks.evaluate_generation import EvaluateGeneration, evaluate_generation
 from unveil.tasks.export import Export, export
 from unveil.tasks.finetune import Finetune, finetune
 from unveil.tasks.finetune_generator import FinetuneGenerator, finetune_generator
@@ -37,6 +38,10 @@ from unveil.tasks.replay import Replay, replay
 from unveil.tasks.segment import Segment, segment
 from unveil.train import Progress
 
+Evaluate = (
+    Annotated[EvaluateInpainting, tyro.conf.subcommand("inpainting")]
+    | Annotated[EvaluateGeneration, tyro.conf.subcommand("generation")]
+)
 Command = (
     Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
@@ -51,7 +56,12 @@ Command = (
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Segment, tyro.conf.subcommand("segment")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[
+        Evaluate,
+        tyro.conf.subcommand(
+            "evaluate", description="Score repainting on held-out pictures, or generated pictures beside real ones."
+        ),
+    ]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Export, tyro.conf.subcommand("export")]
@@ -80,6 +90,7 @@ COMMANDS = (
     "replay",
     "bench",
 )
+EVALUATIONS = ("inpainting", "generation")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
 
 Prepare data for fast reading, pre-train on unlabelled pictures, probe the model's features, fine-tune it on labels, repaint
@@ -531,15 +542,59 @@ def _tell_embed(result: dict[str, Any]) -> Iterator[str]:
     yield f"Wrote {result['out']}: {result['samples']} samples, {labels}."
 
 
-def _tell_evaluate(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{result['pictures']} pictures, mask {result['mask']}; PSNR inside the hole, mean over pictures:"
-    for name, value in result["psnr"].items():
-        yield f"  {name.replace('_', ' '):<14}{value:7.2f} dB"
+def _tell_mean(told: dict[str, float | None], digits: int) -> str:
+    """A mean and half the width of its confidence interval."""
+    mean, high = told["mean"], told["high"]
+    assert mean is not None
+    return f"{mean:.{digits}f}" + ("" if high is None else f" ± {high - mean:.{digits}f}")
+
+
+def _tell_evaluate_inpainting(result: dict[str, Any]) -> Iterator[str]:
+    height, width = result["size"]
+    sampled = ""
+    if "std" in result:
+        sampled = f", {result['num_samples']} sample(s) of {result['num_steps']} {result['sampler'].upper()} steps"
+    yield f"{result['pictures']} pictures, mask {result['mask']}{sampled}, seed {result['seed']}."
+    yield f"Scored at {width} x {height} pixels, to which pictures came by {result['resize']}."
+    yield f"Mean over pictures, and its 95 % confidence interval ({result['interval'].partition('by ')[2]}):"
+    scores = result["scores"]
+    units = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg"}
+    for region, title in (("hole", "in the hole"), ("whole", "over the whole")):
+        yield f"{title:<16}" + "".join(f"{units[name]:>18}" for name in scores)
+        for filling in scores["psnr"][region]:
+            numbers = [_tell_mean(of[region][filling], 2 if name == "psnr" else 4) for name, of in scores.items()]
+            yield f"  {filling.replace('_', ' '):<14}" + "".join(f"{number:>18}" for number in numbers)
     if "std" in result:
         yield f"The samples' mean beats every sample on {result['mean_beats_all']:.0%} of the pictures."
         yield f"Deviation between {result['num_samples']} samples: {result['std']:.3f} of the range."
         yield f"Sharpness, Laplacian energy of the samples over the truth's (1 is as sharp): {result['sharpness']:.2f}."
     yield from result["notices"]
+
+
+def _tell_evaluate_generation(result: dict[str, Any]) -> Iterator[str]:
+    scores, (height, width) = result["scores"], result["image_size"]
+    real = "an unknown number of" if result["num_reference"] is None else f"{result['num_reference']:,}"
+    yield f"{result['num_images']:,} pictures of {width} x {height} beside {real} of {result['reference']}."
+    extractor = result["extractor"]
+    yield f"Resized {result['resize_means']} ({result['resize']})."
+    yield f"Seen by {extractor['name']}, weights {extractor['sha256'][:8]}; seed {result['seed']}."
+    titles = {
+        "fid": "FID",
+        "sfid": "sFID",
+        "inception_score": "Inception score",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for name, title in titles.items():
+        if name in scores:
+            yield f"  {title:<16}{scores[name]:10.4f}"
+    if "kid" in scores:
+        kid = scores["kid"]
+        yield f"  {'KID':<16}{kid['mean']:10.6f}, deviating by {kid['std']:.6f} between subsets of {kid['subset']:,}"
+    yield from result["notices"]
+    if result["statistics"] is not None:
+        where = "taken from" if result["statistics_reused"] else "kept in"
+        yield f"What was seen in the reference is {where} {result['statistics']}."
 
 
 def _tell_inpaint(result: dict[str, Any]) -> Iterator[str]:
@@ -715,7 +770,8 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Probe: (_counted(probe, "sample"), _tell_probe),
     Segment: (_counted(segment, "picture"), _tell_segment),
     Embed: (_counted(embed, "sample"), _tell_embed),
-    Evaluate: (_counted(evaluate, "picture"), _tell_evaluate),
+    EvaluateInpainting: (_counted(evaluate_inpainting, "picture"), _tell_evaluate_inpainting),
+    EvaluateGeneration: (_counted(evaluate_generation, "picture"), _tell_evaluate_generation),
     Info: (info, _tell_info),
     Convert: (convert, _tell_convert),
     Export: (export, _tell_export),
@@ -731,6 +787,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--json"]
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         say(f"unveil: There is no command {words[0]!r}. {nearest(words[0], COMMANDS)}")
+        sys.exit(2)
+    if words[:1] == ["evaluate"] and not {*words[1:2]} & {*EVALUATIONS, "-h", "--help"}:
+        say(
+            "unveil: Say what to evaluate: `unveil evaluate inpainting` scores a model's repainting, and `unveil evaluate "
+            "generation` generated pictures."
+        )
         sys.exit(2)
     options = tyro.cli(Command, prog="unveil", description=DESCRIPTION, args=words or ["--help"])  # type: ignore[arg-type]
     run, tell = RUN[type(options)]
