@@ -1,0 +1,223 @@
+"""Pictures from strangers: checked before they are decoded, and decoded in a process that may die of them.
+
+What a picture costs is decided by its file, not by its size: a few kilobytes can unfold to gigabytes, and decoders have been
+crashed by less. So the header is read first, and all reading is done by another process with little time and memory, which
+is started again if a file ends it. A fork for each file would be dearer to make safe than this is to keep: the server has
+threads, and a picture costs a copy of its pixels through a pipe.
+"""
+
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import io
+import multiprocessing
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unveil.decoding import BadPicture, header_of, open_image, telling
+from unveil.originals import Original, hole_of, read_original
+from unveil.painting import resize_hole
+
+MEMORY = 2 * 2**30  # bytes beyond what the process has when it starts
+FILES_READ = 500  # before a new process takes over, so that what a decoder forgets to free is freed
+
+
+def _limit_memory() -> None:
+    """In the process that reads; where the system has no such limit, the number of pixels alone is one."""
+    torch.set_num_threads(1)
+    try:
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+def _check(data: bytes, name: str, max_pixels: int) -> None:
+    """Refuse by the header alone."""
+    try:
+        header = header_of(io.BytesIO(data), name)
+    except BadPicture:
+        raise ValueError(
+            f"{name} is no picture that can be read. Give a PNG, JPEG, WebP, TIFF, GIF or BMP file, or an array as .npy."
+        ) from None
+    if min(header.height, header.width) < 1:
+        raise ValueError(f"{name} has no pixels. Give another.")
+    if header.height * header.width > max_pixels:
+        raise ValueError(
+            f"{name} has {header.width:,} x {header.height:,} pixels, more than the {max_pixels / 1e6:g} million that are "
+            "taken here. Make it smaller, or use `unveil inpaint`."
+        )
+    stored = header.height * header.width * header.bits // 8
+    if header.format == "NPY" and len(data) < stored:
+        raise ValueError(f"{name} is cut off: its file is shorter than it says.")
+
+
+def _reason(name: str, bad: BadPicture) -> ValueError:
+    """A sentence of ours; what a library says of its own errors may hold anything."""
+    if bad.__cause__ is None:
+        return ValueError(f"{name}: {bad.reason}.")
+    return ValueError(f"{name} cannot be decoded: its file is damaged or cut off. Save it anew and try again.")
+
+
+def _read_picture(data: bytes, name: str, max_pixels: int) -> Original:
+    _check(data, name, max_pixels)
+    try:
+        original = read_original(data, name)
+    except BadPicture as bad:
+        raise _reason(name, bad) from None
+    if original.pixels.size > 4 * max_pixels:
+        raise ValueError(
+            f"{name} unfolds to {original.pixels.size:,} values, more than are taken here. Make it smaller."
+        )
+    return original
+
+
+def _read_mask(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+    _check(data, name, max_pixels)
+    try:
+        with telling(name):
+            image, _ = open_image(io.BytesIO(data))
+            image.load()
+    except BadPicture as bad:
+        raise _reason(name, bad) from None
+    return hole_of(image, name)
+
+
+class Reader:
+    """Reads files that nobody vouches for, one at a time.
+
+    Args:
+        max_bytes: of a file.
+        max_pixels: of a picture.
+        max_seconds: for one file.
+    """
+
+    def __init__(self, max_bytes: int, max_pixels: int, max_seconds: float = 20.0) -> None:
+        self.max_bytes, self.max_pixels, self.max_seconds = max_bytes, max_pixels, max_seconds
+        self._lock = threading.Lock()
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._num_read = 0
+
+    def picture(self, data: bytes | Path, name: str = "The picture") -> Original:
+        """A picture from its file, or that file's bytes.
+
+        Raises:
+            ValueError: it is too large, damaged, or none; a sentence for the one who sent it.
+        """
+        return self._run(_read_picture, data, name)
+
+    def hole(self, data: bytes | Path, name: str = "The mask") -> Tensor:
+        """A mask picture as (H, W) bool, as `unveil.originals.hole_of`; raises as `picture`."""
+        return torch.from_numpy(self._run(_read_mask, data, name))
+
+    def _run(self, function: Any, data: bytes | Path, name: str) -> Any:
+        if isinstance(data, Path):
+            if data.stat().st_size > self.max_bytes:
+                raise ValueError(self._too_long(name))
+            data = data.read_bytes()
+        if len(data) > self.max_bytes:
+            raise ValueError(self._too_long(name))
+        if not data:
+            raise ValueError(f"{name} is an empty file. Give another.")
+        with self._lock:
+            if self._num_read >= FILES_READ:
+                self._stop()
+            self._num_read += 1
+            try:
+                self._started().submit(int).result()  # its start is not the file's time
+                return self._started().submit(function, data, name, self.max_pixels).result(self.max_seconds)
+            except TimeoutError:
+                self._stop()
+                raise ValueError(f"{name} takes more than {self.max_seconds:g} s to read. Save it anew.") from None
+            except (concurrent.futures.process.BrokenProcessPool, MemoryError):
+                self._stop()
+                raise ValueError(f"{name} needs more memory to read than a picture may. Save it anew.") from None
+
+    def _too_long(self, name: str) -> str:
+        return f"{name} has more than {self.max_bytes / 1e6:g} MB, which is what is taken here. Make it smaller."
+
+    def _started(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._pool is None:
+            spawned = multiprocessing.get_context("spawn")  # the server has threads, which a fork would copy half
+            self._pool = concurrent.futures.ProcessPoolExecutor(1, spawned, _limit_memory)
+            self._pool.submit(int)
+        return self._pool
+
+    def start(self) -> None:
+        """Start the process, so that the first file need not wait for it."""
+        with self._lock:
+            self._started()
+
+    def _stop(self) -> None:
+        pool, self._pool, self._num_read = self._pool, None, 0
+        if pool is not None:
+            for process in list((pool._processes or {}).values()):  # it has no public way to end what is stuck
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """End the process, whatever it is at."""
+        self._stop()
+
+
+def hole_for(drawn: Tensor, height: int, width: int) -> Tensor:
+    """A hole (h, w) that was drawn on a picture shown smaller, for that picture: (height, width) bool."""
+    return resize_hole(drawn[None], height, width)[0]
+
+
+class Store:
+    """The one folder of a page, of its own, and what is thrown away of it.
+
+    Args:
+        max_age: seconds for which a file is kept.
+        max_bytes: of all files; the oldest go first.
+    """
+
+    def __init__(self, max_age: float = 1800.0, max_bytes: float = 2e9) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="unveil-web-")).resolve()
+        self.max_age, self.max_bytes = max_age, max_bytes
+        self._lock = threading.Lock()
+
+    @property
+    def kept(self) -> Path:
+        """What lies here is not thrown away before the end."""
+        return self.folder / "kept"
+
+    def new(self) -> Path:
+        """A folder for what comes out of one request, whose name nobody guesses."""
+        folder = self.folder / "made" / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        return folder
+
+    def sweep(self) -> None:
+        """Throw away what is too old or too much."""
+        with self._lock:
+            files = []
+            for path in self.folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # a file of an upload is renamed when it is whole
+                    if path.is_file() and not path.is_relative_to(self.kept):
+                        files.append((path, path.stat()))
+            files.sort(key=lambda file: file[1].st_mtime)
+            total, now = sum(stat.st_size for _, stat in files), time.time()
+            for path, stat in files:
+                if now - stat.st_mtime <= self.max_age and total <= self.max_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                total -= stat.st_size
+                with contextlib.suppress(OSError):  # another request's file is in it
+                    path.parent.rmdir()
+
+    def close(self) -> None:
+        """Remove it all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
