@@ -22,6 +22,7 @@ def ask(
     answer: tuple[bytes, list[bytes]] = (b"application/json", [b"{}"]),
     host: str = "127.0.0.1",
     on_upload: Callable[[], None] = lambda: None,
+    status: int = 200,
 ) -> tuple[int, bytes, dict[str, Any]]:
     """The status, the body, and what the application behind was asked, if it was."""
     asked: dict[str, Any] = {}
@@ -32,9 +33,11 @@ def ask(
         kind, parts = answer
         length = str(sum(map(len, parts))).encode()
         head = [(b"content-type", kind), (b"content-length", length)]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.start", "status": status, "headers": head})
         for i, part in enumerate(parts):
             await send({"type": "http.response.body", "body": part, "more_body": i + 1 < len(parts)})
+        if status == 500:
+            raise KeyError("secret")
 
     halves = [body[: len(body) // 2], body[len(body) // 2 :]]
 
@@ -63,7 +66,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-@pytest.mark.parametrize("path", ["/", "/config", "/assets/index.js", "/gradio_api/info", "/gradio_api/call/repaint/1a"])
+@pytest.mark.parametrize(
+    "path", ["/", "/config", "/assets/index.js", "/gradio_api/info", "/gradio_api/call/repaint/1a"]
+)
 def test_what_the_page_asks_for_passes(folder: Path, path: str) -> None:
     status, _, asked = ask(folder, path)
     assert (status, asked["path"]) == (200, path)
@@ -117,7 +122,13 @@ def test_a_request_speaks_of_uploaded_files_alone(folder: Path) -> None:
     file = {"path": f"{FILES}/a/picture.png", "meta": {"_type": "gradio.FileData"}}
     assert told(file) == (200, {**file, "path": f"{folder}/a/picture.png"})
     assert told([1.5, None, "text", {"path": None}]) == (200, [1.5, None, "text", {"path": None}])
-    for path in ("/etc/passwd", f"{folder}/a/picture.png", f"{FILES}/../outside.png", "http://x/y.png", "a/picture.png"):
+    for path in (
+        "/etc/passwd",
+        f"{folder}/a/picture.png",
+        f"{FILES}/../outside.png",
+        "http://x/y.png",
+        "a/picture.png",
+    ):
         assert told({"deep": [{"path": path}]})[0] == 404, path
     assert told({"path": ["/etc/passwd"]})[0] == 400
 
@@ -144,3 +155,9 @@ def test_other_pages_and_names_are_refused(folder: Path) -> None:
     for origin in (b"http://evil.example", b"null", b"http://127.0.0.1:9999"):
         assert ask(folder, "/", headers=[*HOST, (b"origin", origin)])[0] == 403
     assert b"accept-encoding" not in ask(folder, "/", headers=[*HOST, (b"accept-encoding", b"br")])[2]["headers"]
+
+
+def test_what_fails_is_told_to_the_log_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    status, body, _ = ask(folder, "/config", status=500, answer=(b"text/plain", [b"secret", b"secret"]))
+    assert (status, json.loads(body)) == (400, {"detail": "The request cannot be understood."})
+    assert "KeyError: 'secret'" in caplog.text

@@ -1,9 +1,9 @@
 """Pictures from strangers: checked before they are decoded, and decoded in a process that may die of them.
 
 What a picture costs is decided by its file, not by its size: a few kilobytes can unfold to gigabytes, and decoders have been
-crashed by less. So the header is read first, and all reading is done by another process with little time and memory, which
-is started again if a file ends it. A fork for each file would be dearer to make safe than this is to keep: the server has
-threads, and a picture costs a copy of its pixels through a pipe.
+crashed by less. So the header is read first, and all reading is done by another process with little time and memory; if a
+file ends it, another is forked in no time, of a third process that does nothing else. What it costs is a copy of the pixels
+through a pipe.
 """
 
 import concurrent.futures
@@ -13,6 +13,8 @@ import io
 import multiprocessing
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -21,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from unveil.decoding import BadPicture, header_of, open_image, telling
+from unveil.decoding import NPY, BadPicture, header_of, open_image, telling
 from unveil.originals import Original, hole_of, read_original
 from unveil.painting import resize_hole
 
@@ -31,9 +34,11 @@ MEMORY = 2 * 2**30  # bytes beyond what the process has when it starts
 FILES_READ = 500  # before a new process takes over, so that what a decoder forgets to free is freed
 
 
-def _limit_memory() -> None:
-    """In the process that reads; where the system has no such limit, the number of pixels alone is one."""
+def _limit(max_pixels: int) -> None:
+    """In the process that reads. Where the system has no limit of memory, that of pixels is the only one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all in its group; the server ends this one
     torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         import resource
 
@@ -44,29 +49,44 @@ def _limit_memory() -> None:
 
 
 def _check(data: bytes, name: str, max_pixels: int) -> None:
-    """Refuse by the header alone."""
+    """Refuse by the header alone: nothing is decoded."""
     try:
-        header = header_of(io.BytesIO(data), name)
-    except BadPicture:
+        if data.startswith(NPY):
+            header = header_of(io.BytesIO(data), name)
+            height, width, stored = header.height, header.width, header.height * header.width * header.bits // 8
+        else:
+            with telling(name):
+                width, height = open_image(io.BytesIO(data))[0].size
+            stored = 0  # who knows
+    except BadPicture as bad:
+        if isinstance(bad.__cause__, _BOMBS):
+            raise _too_large(name, max_pixels) from None
         raise ValueError(
             f"{name} is no picture that can be read. Give a PNG, JPEG, WebP, TIFF, GIF or BMP file, or an array as .npy."
         ) from None
-    if min(header.height, header.width) < 1:
+    if min(height, width) < 1:
         raise ValueError(f"{name} has no pixels. Give another.")
-    if header.height * header.width > max_pixels:
-        raise ValueError(
-            f"{name} has {header.width:,} x {header.height:,} pixels, more than the {max_pixels / 1e6:g} million that are "
-            "taken here. Make it smaller, or use `unveil inpaint`."
-        )
-    stored = header.height * header.width * header.bits // 8
-    if header.format == "NPY" and len(data) < stored:
+    if height * width > max_pixels:
+        raise _too_large(name, max_pixels, f"{width:,} x {height:,} pixels")
+    if len(data) < stored:
         raise ValueError(f"{name} is cut off: its file is shorter than it says.")
 
 
-def _reason(name: str, bad: BadPicture) -> ValueError:
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def _too_large(name: str, max_pixels: int, size: str = "too many pixels") -> ValueError:
+    return ValueError(
+        f"{name} has {size}: here up to {max_pixels / 1e6:g} million are taken. Make it smaller, or use `unveil inpaint`."
+    )
+
+
+def _reason(name: str, bad: BadPicture, max_pixels: int) -> ValueError:
     """A sentence of ours; what a library says of its own errors may hold anything."""
     if bad.__cause__ is None:
         return ValueError(f"{name}: {bad.reason}.")
+    if isinstance(bad.__cause__, _BOMBS):
+        return _too_large(name, max_pixels)
     return ValueError(f"{name} cannot be decoded: its file is damaged or cut off. Save it anew and try again.")
 
 
@@ -75,7 +95,7 @@ def _read_picture(data: bytes, name: str, max_pixels: int) -> Original:
     try:
         original = read_original(data, name)
     except BadPicture as bad:
-        raise _reason(name, bad) from None
+        raise _reason(name, bad, max_pixels) from None
     if original.pixels.size > 4 * max_pixels:
         raise ValueError(
             f"{name} unfolds to {original.pixels.size:,} values, more than are taken here. Make it smaller."
@@ -90,8 +110,20 @@ def _read_mask(data: bytes, name: str, max_pixels: int) -> np.ndarray:
             image, _ = open_image(io.BytesIO(data))
             image.load()
     except BadPicture as bad:
-        raise _reason(name, bad) from None
+        raise _reason(name, bad, max_pixels) from None
     return hole_of(image, name)
+
+
+def _processes() -> Any:
+    """How processes are started: not by a fork of the server, whose threads may hold locks, but by one of a process without.
+
+    That one has imported what its children need: this module, and the tasks, as each of them imports the command line again.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *(name for name in sys.modules if name.startswith("unveil.tasks."))])
+    return context
 
 
 class Reader:
@@ -149,8 +181,7 @@ class Reader:
 
     def _started(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
-            spawned = multiprocessing.get_context("spawn")  # the server has threads, which a fork would copy half
-            self._pool = concurrent.futures.ProcessPoolExecutor(1, spawned, _limit_memory)
+            self._pool = concurrent.futures.ProcessPoolExecutor(1, _processes(), _limit, (self.max_pixels,))
             self._pool.submit(int)
         return self._pool
 

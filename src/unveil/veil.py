@@ -6,6 +6,7 @@ and the one folder that the page may use is called `FILES` to the outside, whate
 """
 
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -18,6 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_log = logging.getLogger(__name__)
 FILES = "/unveil-files"
 MAX_WORDS = 6_000_000  # bytes of a request that is no upload: the largest is a drawn mask
 _API = "/gradio_api"
@@ -69,7 +71,10 @@ class Veil:
             except _Refused as refused:
                 await _answer(send, refused.status, str(refused))
             else:
-                await self.app(scope, receive, self._let_out(send))
+                try:
+                    await self.app(scope, receive, self._let_out(send))
+                except Exception as error:  # it has been answered
+                    _log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
         else:  # no page of ours opens a web socket
             await send({"type": "websocket.close", "code": 1008})
 
@@ -141,10 +146,17 @@ class Veil:
     def _let_out(self, send: Send) -> Send:
         """A `send` that tells nobody where the folder is."""
         begun: Message | None = None
+        failed = False
 
         async def veiled(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, failed
+            if failed:
+                return
             if message["type"] == "http.response.start":
+                if message["status"] >= 500:  # what a library makes of a request that it did not foresee
+                    failed = True
+                    await _answer(send, 400, "The request cannot be understood.")
+                    return
                 kind = dict(message["headers"]).get(b"content-type", b"").split(b";")[0]
                 if kind not in _TEXTS:
                     await send(message)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import html
 import inspect
 import logging
@@ -69,7 +70,6 @@ class Web:
 
 
 def _check_installed() -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which is read when it is imported
     try:
         import gradio  # noqa: F401
         import uvicorn  # noqa: F401
@@ -315,6 +315,7 @@ def blocks(behind: _Page) -> Any:
     def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         """For events without a place to say what went wrong."""
 
+        @functools.wraps(function)  # Gradio looks at what it takes
         def answering(*values: Any) -> Any:
             try:
                 return function(*values)
@@ -337,7 +338,7 @@ def blocks(behind: _Page) -> Any:
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
         return steps, seed
 
-    def repaint(request: gr.Request, *words: Any) -> Iterator[Any]:
+    def watch_repainting(request: gr.Request, *words: Any) -> Iterator[Any]:
         yield _told(View("Reading the picture")), gr.skip(), gr.skip(), gr.skip()
         try:
             for news in behind.repaint(request.session_hash, *words):
@@ -355,7 +356,7 @@ def blocks(behind: _Page) -> Any:
         except Exception as error:
             yield _problem(error), gr.skip(), gr.skip(), gr.skip()
 
-    def generate(request: gr.Request, *words: Any) -> Iterator[Any]:
+    def watch_generating(request: gr.Request, *words: Any) -> Iterator[Any]:
         yield _told(View("Drawing the noise")), gr.skip(), gr.skip()
         try:
             for news in behind.generate(request.session_hash, *words):
@@ -369,7 +370,7 @@ def blocks(behind: _Page) -> Any:
         except Exception as error:
             yield _problem(error), gr.skip(), gr.skip()
 
-    def near(request: gr.Request, *words: Any) -> Iterator[Any]:
+    def watch_searching(request: gr.Request, *words: Any) -> Iterator[Any]:
         yield _told(View("Reading the picture")), gr.skip()
         try:
             for news in behind.near(request.session_hash, *words):
@@ -501,16 +502,16 @@ def blocks(behind: _Page) -> Any:
         )  # fmt: skip
         model.change(guarded(model_changed), model, [about, why, label, generate_button], show_progress="hidden", **own)
         run_button.click(
-            repaint, words, [watch, results, apart, downloads], js=with_mask, show_progress="minimal",
+            watch_repainting, words, [watch, results, apart, downloads], js=with_mask, show_progress="minimal",
             show_progress_on=watch, **one, **own,
         )  # fmt: skip
         generate_button.click(
-            generate, [model, label, number, scale, generate_steps, generate_seed],
+            watch_generating, [model, label, number, scale, generate_steps, generate_seed],
             [generate_watch, generate_results, generate_files], show_progress="minimal", show_progress_on=generate_watch,
             **one, **own,
         )  # fmt: skip
         near_button.click(
-            near, [model, near_picture, count], [near_watch, near_results], show_progress="minimal",
+            watch_searching, [model, near_picture, count], [near_watch, near_results], show_progress="minimal",
             show_progress_on=near_watch, **one, **own,
         )  # fmt: skip
         for button in (stop_button, generate_stop):
@@ -552,15 +553,29 @@ def _theme(gradio: Any) -> Any:
 
 
 @contextlib.contextmanager
-def application(options: Web, runs: list[Run], device: str) -> Iterator[Any]:
-    """The page as an ASGI application; all that it keeps is removed at the end."""
+def stored() -> Iterator[Store]:
+    """A folder for a page, which Gradio keeps to if it is imported here; removed at the end."""
+    store = Store()
+    ours = {"GRADIO_TEMP_DIR": str(store.folder), "GRADIO_EXAMPLES_CACHE": str(store.kept)}
+    ours["GRADIO_ANALYTICS_ENABLED"] = "False"
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield store
+    finally:
+        store.close()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def application(options: Web, runs: list[Run], store: Store, device: str) -> Iterator[Veil]:
+    """The page as an ASGI application."""
     import fastapi
     import gradio
 
-    store = Store()
-    before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE")}
-    os.environ["GRADIO_TEMP_DIR"] = str(store.folder)
-    os.environ["GRADIO_EXAMPLES_CACHE"] = str(store.kept)
     reader = Reader(int(options.max_megabytes * 1e6), int(options.max_megapixels * 1e6))
     behind = _Page(options, runs, reader, store, device)
     over = threading.Event()
@@ -592,11 +607,6 @@ def application(options: Web, runs: list[Run], device: str) -> Iterator[Any]:
         over.set()
         behind.stop_all()
         reader.close()
-        store.close()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def web(options: Web, on_ready: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -609,10 +619,14 @@ def web(options: Web, on_ready: Callable[[str], None] | None = None) -> dict[str
         ValueError: Gradio is not installed, a model cannot be loaded, or the port is taken.
     """
     _check(options)
-    _check_installed()
     device = pick_device(options.device)
-    bound = _bound(options)
-    with bound, _ending_by_terminate(), application(options, (runs := _runs(options, device)), device) as app:
+    with contextlib.ExitStack() as stack:
+        bound = stack.enter_context(_bound(options))
+        stack.enter_context(_ending_by_terminate())
+        store = stack.enter_context(stored())
+        _check_installed()
+        runs = _runs(options, device)
+        app = stack.enter_context(application(options, runs, store, device))
         import uvicorn
 
         port = bound.getsockname()[1]
