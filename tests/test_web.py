@@ -454,6 +454,8 @@ def test_the_page_says_nothing_of_its_machine(client: Client) -> None:
         assert client.http.get(path).status_code == 200
     named = client.http.get("/gradio_api/info").json()["named_endpoints"]
     assert list(named) == ["/repaint"]
+    words = [parameter["parameter_name"] for parameter in named["/repaint"]["parameters"]]
+    assert words == ["model", "picture", "what", "drawn", "mask", "share", "steps", "samples", "seed"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16"])

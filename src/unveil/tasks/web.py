@@ -383,8 +383,20 @@ def blocks(behind: _Page) -> Any:
         except Exception as error:
             yield _problem(error), gr.skip()
 
-    def repainted(request: gr.Request, *words: Any) -> tuple[list[str], dict[str, Any]]:
-        """For programs: all files, and what is to be said of them."""
+    def repainted(
+        request: gr.Request,
+        model: str,
+        picture: str | None,
+        what: str,
+        drawn: str,
+        mask: str | None,
+        share: float,
+        steps: int,
+        samples: int,
+        seed: int,
+    ) -> tuple[list[str], dict[str, Any]]:
+        """For programs, which see these names: all files, and what is to be said of them."""
+        words = model, picture, what, drawn, mask, share, steps, samples, seed
         last = None
         for news in behind.repaint(request.session_hash, *words):
             last = news
@@ -444,7 +456,7 @@ def blocks(behind: _Page) -> Any:
                 )
                 downloads = gr.File(
                     label="Download, at the picture's own size", file_count="multiple", interactive=False,
-                    elem_id="repaint-files", visible=False,
+                    elem_id="repaint-files", elem_classes="downloads", visible=False,
                 )  # fmt: skip
         with gr.Tab("Generate"), gr.Row():
             why_not, labels, can = generating(first)
@@ -466,7 +478,7 @@ def blocks(behind: _Page) -> Any:
                 generate_watch = gr.HTML(EMPTY, elem_classes="watch", elem_id="generate-watch", apply_default_css=False)
                 generate_results = gallery("generate")
                 generate_files = gr.File(
-                    label="Download", file_count="multiple", interactive=False, elem_id="generate-files", visible=False
+                    label="Download", file_count="multiple", interactive=False, elem_id="generate-files", elem_classes="downloads", visible=False
                 )
         with gr.Tab("Neighbours"), gr.Row():
             with gr.Column(min_width=300):
