@@ -8,9 +8,13 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import typing
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -459,6 +463,22 @@ def skipped_step(run: Path, bundle: Path) -> None:
     )
 
 
+def end_when_it_answers(port: int) -> None:
+    """Tell this process to end as soon as it serves a page, which it does for ever."""
+
+    def look() -> None:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unveil: Unveil) -> None:
     """One after the other, on two dozen photos; epochs, pictures and steps are fewer, and what is timed is smaller."""
     from test_convert import UmdSize, umd_tree, written  # what a file of UMD's looks like
@@ -483,6 +503,12 @@ def test_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, un
     )  # of a process each, which test_bench has
     monkeypatch.chdir(tmp_path)
     for command in readme_commands():
+        if command.startswith("web"):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            end_when_it_answers(port)
+            command += f" --port {port}"
         if command.startswith("replay"):
             skipped_step(Path("runs/photos"), parse(command).bundle)
         few = {
@@ -628,6 +654,8 @@ NEW = "{tmp}/new"
             "evaluate generation --images digits --reference digits --weights {tmp}/empty",
             ["fetch https://github.com/toshas"],
         ),
+        ("web --run {run} --port 70000", ["--port 70000: use 1 to 65535"]),
+        ("web --run {run} --max-seconds 0", ["--max-seconds 0: use a number above 0"]),
         ("info --run {tmp}/nowhere", ["does not exist"]),
         ("info --run {tmp}/afile", ["cannot be read as safetensors"]),
     ],

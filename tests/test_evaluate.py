@@ -95,7 +95,7 @@ def test_every_filling_is_scored_by_every_metric_in_both_regions(evaluate: Evalu
     assert not result["extractors"]["lpips_alex"]["published"]
     assert sum("is not the file that everybody has" in notice for notice in result["notices"]) == 2
     told = {key: result[key] for key in ("pictures", "num_samples", "num_steps", "sampler", "mask", "size", "seed")}
-    assert list(told.values()) == [5, 3, 2, "ddpm", "center:0.25", [32, 32], 0]
+    assert list(told.values()) == [5, 3, 2, "dpmpp", "center:0.25", [32, 32], 0]
     assert "antialiased bicubic" in result["resize"]
 
 
@@ -281,7 +281,7 @@ def test_the_table_has_means_and_half_widths(
     out = capsys.readouterr().out
     score = result["scores"]["ssim"]["whole"]["prediction"]
     assert f"{score['mean']:.4f} ± {score['high'] - score['mean']:.4f}" in out
-    assert "5 pictures, mask random:0.75, 3 sample(s) of 2 DDPM steps, seed 0." in out
+    assert "5 pictures, mask random:0.75, 3 sample(s) of 2 DPMPP steps, seed 0." in out
     assert "Scored at 32 x 32 pixels, to which pictures came by antialiased bicubic" in out
     assert "PSNR dB              SSIM        LPIPS alex\n" in out
     cli.main([*command.split(), "--device", "cpu", "--lpips", "none", "--limit", "1"])  # one picture has no interval

@@ -36,6 +36,7 @@ from unveil.tasks.pretrain import Pretrain, pretrain
 from unveil.tasks.probe import Probe, probe
 from unveil.tasks.replay import Replay, replay
 from unveil.tasks.segment import Segment, segment
+from unveil.tasks.web import Web, web
 from unveil.train import Progress
 
 Evaluate = (
@@ -67,6 +68,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Web, tyro.conf.subcommand("web")]
 )
 
 COMMANDS = (
@@ -89,6 +91,7 @@ COMMANDS = (
     "export",
     "replay",
     "bench",
+    "web",
 )
 EVALUATIONS = ("inpainting", "generation")
 DESCRIPTION = f"""Unveil {__version__}: masked diffusion auto-encoders for images and video.
@@ -756,6 +759,10 @@ def _tell_export(result: dict[str, Any]) -> Iterator[str]:
     yield from result["notices"]
 
 
+def _tell_web(result: dict[str, Any]) -> Iterator[str]:
+    yield f"The page at {result['url']} has ended."
+
+
 RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]] = {
     Doctor: (_counted(doctor, "picture"), _tell_doctor),
     Plan: (_announced(plan), _tell_plan),
@@ -777,6 +784,7 @@ RUN: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]]
     Export: (export, _tell_export),
     Replay: (replay, _tell_replay),
     Bench: (_counted(bench, "round"), _tell_bench),
+    Web: (lambda options: web(options, lambda text: say(f"unveil: {text}")), _tell_web),
 }
 
 

@@ -12,7 +12,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from unveil import draws
-from unveil.holes import pixels_of
+from unveil.config import Clip
+from unveil.holes import named_holes, parse_named, pixels_of, strokes
 from unveil.masking import tokens_touched
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler, Step, predict, repaint
@@ -64,6 +65,20 @@ def shrink_around(clips: Tensor, hole: Tensor, height: int, width: int) -> Tenso
     weight = _bicubic(known, height, width)
     # where little is known, the pixel lies in the hole and is painted anyway
     return torch.where(weight > 0.4, _bicubic(clips * known, height, width) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
+
+
+def named_hole(clip: Clip, mask: str, index: int, seed: int, shape: tuple[int, int, int]) -> tuple[Tensor, bool]:
+    """A hole by name, (T, H, W), of a picture of any size; and whether its patches are those of a model of clips like
+    `clip`, so that the picture is to be brought whole to that size.
+
+    Raises:
+        ValueError: as `unveil.holes.parse_named`.
+    """
+    name, share = parse_named(mask)
+    if name == "irregular":  # of the picture's own pixels
+        return strokes(*shape[1:], share, draws.generator(seed, index, "evaluation mask")).expand(shape), False
+    ours = named_holes(clip, mask, [index], seed).float()
+    return F.interpolate(ours, shape[1:], mode="nearest")[0].bool(), True
 
 
 def feather_weights(hole: Tensor, width: int) -> Tensor:

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unveil import draws
 from unveil.checkpoint import FromRun, load_model, pick_device, write_atomically
 from unveil.data import BadPicture, Source, check_pixels, open_source
-from unveil.holes import NAMED_HOLES, masked_view, named_holes, parse_named, strokes
+from unveil.holes import NAMED_HOLES, masked_view, parse_named
 from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, read_original, save_pixels, stem_of
-from unveil.painting import Painted, paint, resize, resize_hole
+from unveil.painting import Painted, named_hole, paint, resize, resize_hole
 from unveil.pipeline import Sampler, default_sampler
 from unveil.report import contact_sheet, save_png, to_image
 
@@ -150,7 +148,7 @@ class _Job:
         """
         options, masks, where = self.options, self.masks, self.source.where(index)
         if masks is None:
-            return options.mask, self._named(index, shape)
+            return options.mask, named_hole(self.model.recipe.clip, options.mask, index, options.seed, shape)[0]
         mask = masks
         if isinstance(masks, MaskFolder):
             mask = masks.read(number if options.each_mask else masks.number_for(index, where))
@@ -167,14 +165,6 @@ class _Job:
             raise ValueError(f"The mask {mask.name} hides all of {where}, and nothing is left to go by.")
         return mask.name, hole.expand(shape)
 
-    def _named(self, index: int, shape: tuple[int, int, int]) -> Tensor:
-        options, clip = self.options, self.model.recipe.clip
-        name, share = parse_named(options.mask)
-        if name == "irregular":  # of the picture's own pixels
-            return strokes(*shape[1:], share, draws.generator(options.seed, index, "evaluation mask")).expand(shape)
-        ours = named_holes(clip, options.mask, [index], options.seed).float()
-        return F.interpolate(ours, shape[1:], mode="nearest")[0].bool()
-
     def paint(self, index: int, clip: Tensor, hole: Tensor, num_samples: int, chain: _Chain | None) -> Painted:
         options = self.options
         return paint(
@@ -186,7 +176,7 @@ class _Job:
             num_samples=num_samples,
             seed=options.seed,
             index=index,
-            whole=self.masks is None and not options.mask.startswith("irregular"),
+            whole=self.masks is None and parse_named(options.mask)[0] != "irregular",
             context=options.context,
             max_scale=options.max_scale,
             feather=options.feather,
