@@ -196,7 +196,7 @@ def test_a_mask_by_name_hides_the_models_patches(tmp_path: Path) -> None:
     made = page.repaint(run, asked, "a.png", tmp_path, deaf)
     assert made.disagreement is None
     changed = (np.array(Image.open(made.pictures[0].file)) != original.pixels[0]).any(-1)  # type: ignore[arg-type]
-    hole = page.named_hole(run, "center:0.25", 0, *size)[0].numpy()
+    hole = page.named_hole(run.model.recipe.clip, "center:0.25", 0, 0, (1, *size))[0][0].numpy()
     assert hole.mean() == 0.25
     assert not changed[~hole].any()
     assert changed[hole].mean() > 0.9
@@ -208,11 +208,23 @@ def test_a_repainting_tells_of_its_steps(tmp_path: Path) -> None:
     asked = Repainting(original=original, hole=a_hole(16, 16), num_samples=3, num_steps=4)
     page.repaint(run_of(), asked, "a.png", tmp_path, views.append)
     steps = [view.text for view in views if view.text.startswith("Step")]
-    assert steps == ["Step 1 of 4", "Step 2 of 4", "Step 3 of 4", "Step 4 of 4; now the other 2"]
+    assert steps == ["Step 1 of 4", "Step 2 of 4", "Step 3 of 4", "Step 4 of 4"]  # of all samples together
     pictures = [view.picture for view in views if view.picture is not None]
     assert len(pictures) >= 2
     assert pictures[0].size == (256, 256)
     assert pictures[0].tobytes() != pictures[-1].tobytes()
+
+
+def test_a_repainting_that_goes_back_and_forth_tells_how_far_it_is(tmp_path: Path) -> None:
+    views: list[View] = []
+    asked = Repainting(
+        original=from_pillow(pillow_picture("RGB", (16, 16))), hole=a_hole(16, 16), num_samples=1, num_steps=3
+    )
+    page.repaint(run_of("dit"), asked, "a.png", tmp_path, views.append)
+    told = [view.text for view in views if "of the way from noise" in view.text]
+    assert len(told) == 1 + 2 * 10
+    assert told[0].startswith("0%")
+    assert told[-1].startswith("67%")
 
 
 def test_a_repainting_refuses(tmp_path: Path) -> None:
