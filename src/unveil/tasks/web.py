@@ -478,7 +478,12 @@ def blocks(behind: _Page) -> Any:
                 generate_watch = gr.HTML(EMPTY, elem_classes="watch", elem_id="generate-watch", apply_default_css=False)
                 generate_results = gallery("generate")
                 generate_files = gr.File(
-                    label="Download", file_count="multiple", interactive=False, elem_id="generate-files", elem_classes="downloads", visible=False
+                    label="Download",
+                    file_count="multiple",
+                    interactive=False,
+                    elem_id="generate-files",
+                    elem_classes="downloads",
+                    visible=False,
                 )
         with gr.Tab("Neighbours"), gr.Row():
             with gr.Column(min_width=300):
