@@ -172,7 +172,7 @@ class Reader:
             except TimeoutError:
                 self._stop()
                 raise ValueError(f"{name} takes more than {self.max_seconds:g} s to read. Save it anew.") from None
-            except (concurrent.futures.process.BrokenProcessPool, MemoryError):
+            except (concurrent.futures.process.BrokenProcessPool, MemoryError, OSError, EOFError):
                 self._stop()
                 raise ValueError(f"{name} needs more memory to read than a picture may. Save it anew.") from None
 
@@ -187,7 +187,7 @@ class Reader:
 
     def start(self) -> None:
         """Start the process, so that the first file need not wait for it."""
-        with self._lock:
+        with self._lock, contextlib.suppress(Exception):  # the end may come first; and the first file tries again
             self._started()
 
     def _stop(self) -> None:
