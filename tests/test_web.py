@@ -31,6 +31,7 @@ from unveil import page
 from unveil.checkpoint import WEIGHTS, About, save_weights
 from unveil.originals import Original, from_pillow, read_original
 from unveil.page import Generating, Neighbours, Repainting, Run, Stopped, View, Work
+from unveil.painting import named_hole, paint
 from unveil.tasks import web as web_task
 from unveil.tasks.inpaint import Inpaint, inpaint
 from unveil.tasks.web import CENTER, DRAW, FILE, RANDOM, Web, application, stored, web
@@ -810,3 +811,21 @@ def test_the_other_tabs_and_the_stop_button(opened: Any) -> None:
     window.wait_for_selector("#near-gallery img")
     assert "Of 8 pictures the 8 nearest" in window.inner_text("#near-watch")
     assert re.search(r"b · \d\.\d{3} · b\d\.png", window.inner_text("#near-gallery"))
+
+
+def test_the_model_of_the_package_paints_and_says_what_it_is() -> None:
+    """Below 8 MB, with a card beside it; what it paints in a hole is nearer to the photo than one colour is."""
+    from sklearn.datasets import load_sample_image
+
+    place = Path(str(web_task.SHIPPED))
+    assert place.stat().st_size < 8e6
+    assert "Tiny-ImageNet" in (place.parent / "README.md").read_text(encoding="utf-8")
+    (run,) = page.open_runs([str(place)], "cpu")
+    assert run.about.data.startswith("Tiny-ImageNet")
+    photo = Image.fromarray(load_sample_image("flower.jpg")).resize((64, 64))
+    clip = from_pillow(photo).seen(3)
+    hole, _ = named_hole(run.model.recipe.clip, "center:0.25", 0, 0, (1, 64, 64))
+    painted = paint(run.model, clip, hole, num_steps=1, whole=True).prediction
+    flat = clip[:, ~hole].mean(1)
+    error, plain = ((x - clip[:, hole]).square().mean() for x in (painted[:, hole], flat[:, None]))
+    assert error < 0.7 * plain
