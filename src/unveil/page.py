@@ -21,9 +21,9 @@ from unveil.data import BadPicture, Samples, chosen_batches, source_for, to_clip
 from unveil.features import encoder_features, extract
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, save_pixels
-from unveil.painting import Painted, named_hole, paint
+from unveil.painting import FAR_APART, Painted, named_hole, paint
 from unveil.pipeline import check_can_generate, default_sampler, generate
-from unveil.report import to_image
+from unveil.report import heat, to_image
 from unveil.sampling import guidance
 from unveil.sources import as_text
 from unveil.transforms import fit
@@ -233,13 +233,6 @@ def data_url(picture: Image.Image) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def heat(apart: Tensor) -> np.ndarray:
-    """Deviations (H, W) as colours (H, W, 3) uint8: black is 0, and the brightest 0.3 of the range and more."""
-    from matplotlib import colormaps  # heavy
-
-    return (colormaps["inferno"]((apart / 0.3).clamp(0, 1).numpy())[..., :3] * 255).astype(np.uint8)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Repainting:
     """What is asked for on the page's first tab. hole: (H, W) bool, or a mask by name, as random:0.75."""
@@ -393,7 +386,7 @@ def _written(
         pictures.append(Picture(label.replace("sample", "sample "), shown(seen(made)), file))
     if len(painted.samples) == 1:
         return pictures, None
-    colours = heat(painted.disagreement()[0])
+    colours = (heat(painted.disagreement(), FAR_APART)[:, 0] * 255).byte().permute(1, 2, 0).numpy()
     file = save_pixels(folder / f"{stem}_disagreement.png", colours[None])
     return pictures, Picture("disagreement", shown(Image.fromarray(colours)), file)
 

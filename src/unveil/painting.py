@@ -20,6 +20,8 @@ from unveil.pipeline import Sampler, Step, predict, repaint
 from unveil.tokens import patchify
 from unveil.windows import Region, next_window, regions
 
+FAR_APART = 0.3  # a disagreement, in units of the range, that is shown as the brightest
+
 OnStep = Callable[[float, Callable[[], Tensor]], None]
 
 

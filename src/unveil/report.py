@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -23,6 +24,14 @@ def to_image(clip: Tensor) -> Image.Image:
     values = (strip.reshape(H, T * W, C).numpy() * 255).round().astype(np.uint8)
     values = np.repeat(values[..., :1], 3, 2) if C < 3 else values[..., :3]
     return Image.fromarray(values)
+
+
+def heat(values: Tensor, top: float = 1.0) -> Tensor:
+    """A map (T, H, W) as colours (3, T, H, W) in [0, 1]: black is 0, and the brightest `top` and more."""
+    from matplotlib import colormaps  # heavy
+
+    colours = colormaps["inferno"]((values / top).clamp(0, 1).numpy())[..., :3]
+    return torch.from_numpy(colours).permute(3, 0, 1, 2).float()
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Tensor]]], cell: int = 96) -> Image.Image:

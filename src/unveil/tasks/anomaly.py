@@ -20,7 +20,7 @@ from unveil.mask_files import MaskFolder
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import read_original, save_pixels, stem_of
 from unveil.painting import resize, resize_hole
-from unveil.report import contact_sheet, save_png
+from unveil.report import contact_sheet, heat, save_png
 
 GOOD = "good"  # MVTec's name of the normal pictures
 IN_SHEET = 12
@@ -133,15 +133,12 @@ def _area(truth: np.ndarray, scores: np.ndarray) -> float | None:
     return None if truth.all() or not truth.any() else 100 * float(roc_auc_score(truth, scores))
 
 
-def _heat(values: Tensor, low: float, high: float, clip: Tensor) -> Tensor:
+def _over(values: Tensor, low: float, high: float, clip: Tensor) -> Tensor:
     """A map (T, h, w) over its picture (C, T, H, W), from low to high as no colour to yellow: (3, T, H, W)."""
-    from matplotlib import colormaps
-
     scaled = ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
     scaled = F.interpolate(scaled[None], clip.shape[-2:], mode="bilinear", align_corners=False)[0]
-    colours = torch.from_numpy(colormaps["inferno"](scaled.numpy())[..., :3]).permute(3, 0, 1, 2).float()
     grey = clip[:3].mean(0, keepdim=True).expand(3, -1, -1, -1)
-    return torch.lerp(grey, colours, 0.2 + 0.7 * scaled)
+    return torch.lerp(grey, heat(scaled), 0.2 + 0.7 * scaled)
 
 
 def _shown(clip: Tensor) -> Tensor:
@@ -262,11 +259,11 @@ def _written(out: Path, found: list[Found]) -> dict[str, str]:
     shown: dict[str, tuple[Tensor, Tensor]] = {}
     stems: set[str] = set()
     for where, _, values, clip, _ in order:
-        heat = _heat(values, low, high, clip)
+        seen = _over(values, low, high, clip)
         name = stem_of(where, stems)
-        save_pixels(out / f"{name}_heat.png", (heat.permute(1, 2, 3, 0) * 255).round().byte().numpy())
+        save_pixels(out / f"{name}_heat.png", (seen.permute(1, 2, 3, 0) * 255).round().byte().numpy())
         if len(shown) < IN_SHEET:
-            shown[where] = (resize(clip, 128, 128), resize(heat, 128, 128))
+            shown[where] = (resize(clip, 128, 128), resize(seen, 128, 128))
     rows = [("the highest scores", [pair[0] for pair in shown.values()]), ("where", [p[1] for p in shown.values()])]
     save_png(out / "sheet.png", contact_sheet(rows))
     return {"scores": str(out / "scores.csv"), "sheet": str(out / "sheet.png")}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -15,9 +14,9 @@ from unveil.holes import NAMED_HOLES, masked_view, parse_named
 from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, read_original, save_pixels, stem_of
-from unveil.painting import Painted, named_hole, paint, resize, resize_hole
+from unveil.painting import FAR_APART, Painted, named_hole, paint, resize, resize_hole
 from unveil.pipeline import Sampler, default_sampler
-from unveil.report import contact_sheet, save_png, to_image
+from unveil.report import contact_sheet, heat, save_png, to_image
 
 CHAIN_SIDE, CHAIN_FRAMES = 320, 60  # of an animation, at most
 MUCH = 0.6  # of a picture; who hides more has perhaps taken white for what is kept
@@ -76,14 +75,6 @@ def _in_sheet(view: Tensor, side: int) -> Tensor:
     """A picture in the contact sheet, whose longer side is `side` at most."""
     scale = side / max(view.shape[-2:])
     return view if scale >= 1 else resize(view, *(max(1, round(length * scale)) for length in view.shape[-2:]))
-
-
-def _heat(apart: Tensor) -> Tensor:
-    """Deviations (T, H, W) as colours (3, T, H, W): black is 0, and the brightest 0.3 of the range and more."""
-    from matplotlib import colormaps  # heavy
-
-    colours = colormaps["inferno"]((apart / 0.3).clamp(0, 1).numpy())[..., :3]
-    return torch.from_numpy(colours).permute(3, 0, 1, 2).float()
 
 
 class _Chain:
@@ -217,7 +208,7 @@ def _saved(
         for label, view in views.items()
     }
     if len(painted.samples) > 1:
-        apart = _heat(painted.disagreement())
+        apart = heat(painted.disagreement(), FAR_APART)
         views["disagreement"] = apart
         path = out / f"{stem}_disagreement.png"
         files["disagreement"] = str(save_pixels(path, (apart * 255).byte().permute(1, 2, 3, 0).numpy()))
