@@ -218,21 +218,27 @@ def test_masks_that_cannot_be_used_are_passed_over_and_told(evaluate: Evaluate, 
     folder = tmp_path / "masks"
     mask(folder / "black.png", None)
     mask(folder / "white.png", (0, 0, 64, 64))
-    scattered = np.zeros((64, 64), dtype=np.uint8)
-    scattered[::8, ::8] = 255  # a pixel in every patch
-    Image.fromarray(scattered).save(folder / "scattered.png")
     usable = mask(folder / "usable.png", (0, 0, 32, 32))
     result = evaluate(mask=str(folder))
     assert result["scores"]["psnr"] == evaluate(mask=str(usable))["scores"]["psnr"]
-    assert result["mask_files"] == 4
-    (notice,) = [notice for notice in result["notices"] if "passed over: 3" in notice]
+    assert result["mask_files"] == 3
+    (notice,) = [notice for notice in result["notices"] if "passed over: 2" in notice]
     assert "black.png" in notice
     usable.unlink()
-    with pytest.raises(ValueError, match=r"none of 3 file\(s\), as .*black.png, can be used at 32 x 32 pixels"):
+    with pytest.raises(ValueError, match=r"none of 2 file\(s\), as .*black.png, can be used at 32 x 32 pixels"):
         evaluate(mask=str(folder))
     assert evaluate("umd", mask=str(folder / "white.png"))["scores"]["psnr"]["hole"].keys() == set(FILLINGS) - {
         "mean_fill"
     }
+
+
+def test_a_mask_that_touches_every_patch_is_scored(evaluate: Evaluate, tmp_path: Path) -> None:
+    scattered = np.zeros((64, 64), dtype=np.uint8)
+    scattered[::8, ::8] = 255
+    Image.fromarray(scattered).save(tmp_path / "scattered.png")
+    result = evaluate(mask=str(tmp_path / "scattered.png"))
+    assert result["scores"]["psnr"].keys() == {"hole", "whole"}
+    assert not any("passed over" in notice for notice in result["notices"])
 
 
 def test_masks_reach_the_model(evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """Holes by name, and masks from files: what is white is repainted, and which mask belongs to which picture."""
 
+import dataclasses
+
 import pytest
 import torch
 from scipy import ndimage
 from small import build, generator, small
 
-from unveil.holes import named_holes, parse_named, strokes
+from unveil.holes import from_nearest, named_holes, painted_last, parse_named, pixels_of, strokes
 from unveil.painting import feather_weights, paint
 from unveil.pipeline import default_sampler
 
@@ -48,6 +50,93 @@ def test_a_block_is_one_rectangle_of_patches_anywhere() -> None:
         assert rows.max() - rows.min() == columns.max() - columns.min() == 1
         corners.add((int(rows.min()), int(columns.min())))
     assert len(corners) == 9
+
+
+# Holes finer than a patch
+
+
+def patches_of(hole: torch.Tensor) -> torch.Tensor:
+    """How many pixels of each patch of 4 x 4 a hole (1, 16, 16) takes, (4, 4)."""
+    return hole.reshape(4, 4, 4, 4).sum((1, 3))
+
+
+@pytest.mark.parametrize("name", ["random:0.9", "center", "block", "tube", "random:1"])
+def test_whole_patches_are_all_painted_at_once(name: str) -> None:
+    assert not painted_last(named_holes(CLIP, name, range(6), seed=0), CLIP).any()
+
+
+def test_patches_of_which_at_most_half_is_hidden_are_painted_last() -> None:
+    hole = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+    hole[0, :, 2:11, 1:14] = True  # of the patches of each column 3, 4, 4 and 2 columns, and of rows 2, 4 and 3 rows
+    last = painted_last(hole, CLIP)
+    assert not (last & ~hole).any()
+    assert not last[1].any()
+    counts = patches_of(hole[0])
+    assert counts.tolist() == [[6, 8, 8, 4], [12, 16, 16, 8], [9, 12, 12, 6], [0, 0, 0, 0]]
+    assert torch.equal(patches_of(last[0]), torch.where(counts <= 8, counts, 0))
+
+
+def test_at_most_half_of_all_patches_are_painted_last() -> None:
+    """Those that are touched least; a dot in each of the others cannot be seen through."""
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 1::4, 1::4] = True
+    hole[..., :8, 2::4] = True  # one more row's worth in the upper half
+    hole[..., 12:, 12:] = False
+    last = patches_of(painted_last(hole, CLIP)[0])
+    assert (last > 0).sum() == 8
+    assert last[:2].sum() == last[2:].sum() - 7 + 5  # all 7 of the lower half, and one of 5 pixels of the upper
+    assert last[2:].sum() == 7
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_of_a_mask_that_touches_every_patch_some_are_seen(rows: int) -> None:
+    """A quarter even where most of each is hidden, and never one that is hidden whole."""
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    for row in range(rows):
+        hole[..., row::4, :] = True
+    hole[..., :4, :] = True
+    last = patches_of(painted_last(hole, CLIP)[0]) > 0
+    assert last.sum() == {1: 8, 3: 4}[rows]
+    assert not last[0].any()
+    corner = (torch.arange(16).reshape(4, 4) >= 16 - last.sum()) | (torch.arange(16).reshape(4, 4) < 4 + last.sum())
+    assert not torch.equal(last, corner & last) or rows == 1  # in no order
+
+
+def test_what_is_painted_last_does_not_depend_on_the_other_clips() -> None:
+    holes = torch.stack([strokes(16, 16, share, generator(seed)) for seed in range(4) for share in (0.1, 0.4, 0.8)])
+    holes = holes[:, None]
+    together = painted_last(holes, CLIP)
+    assert together.any()
+    for hole, last in zip(holes, together, strict=True):
+        assert torch.equal(painted_last(hole[None], CLIP)[0], last)
+
+
+def test_painted_last_counts_pixels_of_every_frame_of_a_tube() -> None:
+    clip = dataclasses.replace(small("diffmae", frames=4, tubelet_size=2).clip)
+    hole = torch.zeros(1, 4, clip.height, clip.width, dtype=torch.bool)
+    hole[:, 0, :4, :4] = True  # one of the two frames of a token
+    hole[:, 2:, 4:8, :4] = True
+    last = painted_last(hole, clip)
+    assert torch.equal(last[:, 0], hole[:, 0])
+    assert not last[:, 1:].any()
+    shown = pixels_of(torch.ones(1, clip.num_tokens, dtype=torch.bool), clip.grid, clip.patch_size, clip.tubelet_size)
+    assert shown.shape == hole.shape
+
+
+def test_from_nearest_takes_a_pixel_of_the_frame_or_else_of_the_nearest() -> None:
+    clips = torch.rand(3, 2, 3, 4, 5, generator=generator(0))
+    holes = torch.zeros(3, 3, 4, 5, dtype=torch.bool)
+    holes[0, 0, :, 1:] = True
+    holes[0, 1] = True
+    holes[0, 2, :, :-1] = True
+    holes[1] = True
+    filled = from_nearest(clips, holes)
+    assert torch.equal(filled[0, :, 0], clips[0, :, 0, :, :1].expand(-1, -1, 5))
+    assert torch.equal(filled[0, :, 2], clips[0, :, 2, :, -1:].expand(-1, -1, 5))
+    near = filled[0, :, 1]
+    assert ((near[:, :, :1] == clips[0, :, 0, :, :1]) | (near[:, :, 4:] == clips[0, :, 2, :, 4:])).any()
+    assert torch.isin(near, filled[0, :, [0, 2]]).all()
+    assert torch.equal(filled[1:], clips[1:])
 
 
 @pytest.mark.parametrize("text, message", [("wave:0.5", "The mask 'wave:0.5' is unknown"), ("block:2", "from 0 to 1"),

@@ -493,17 +493,16 @@ def test_strokes_are_of_the_pictures_own_pixels(
 
 
 def test_the_chain_of_predictions_as_an_animation(tmp_path: Path, run_of: Callable[..., Path]) -> None:
-    """The masked picture, one frame for each step, and the first sample; it plays for ever."""
+    """The masked picture, one frame for each step of both passes, and the first sample; it plays for ever."""
     source, hole = picture(tmp_path / "in.png", 20, 30), hole_of(20, 30)
     result = go(run_of(), source, tmp_path / "out", mask=mask(tmp_path / "m.png", hole), num_steps=6, animate=True)
     files = result["pictures"][0]["files"]
     with Image.open(files["chain"]) as chain:
-        assert (
-            getattr(chain, "n_frames", 1) == 1 + 6
-        )  # the last step is the sample, and Pillow shows it once for longer
+        # the last step is the sample, and Pillow shows it once for longer
+        assert getattr(chain, "n_frames", 1) == 1 + 2 * 6
         assert chain.info["loop"] == 0
         frames = []
-        for i in range(7):
+        for i in range(13):
             chain.seek(i)
             frames.append(np.asarray(chain.convert("RGB")).astype(int))
     assert np.abs(frames[0] - read(files["masked"])).mean() < 12  # GIF has 256 colours

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from scipy import ndimage
 from torch import Tensor
 
 from unveil import draws
 from unveil.config import Clip, nearest
 from unveil.masking import center_tokens, draw_mask
-from unveil.tokens import Grid
+from unveil.tokens import Grid, patchify
 
 # With the share that is meant if none is given: of the tokens, or for irregular of the pixels.
 NAMED_HOLES = {"random": 0.75, "center": 0.25, "block": 0.25, "irregular": 0.25, "tube": 0.75}
@@ -117,3 +119,34 @@ def pixels_of(hidden: Tensor, grid: Grid, patch_size: int, tubelet_size: int = 1
     for dim, size in ((1, tubelet_size), (2, patch_size), (3, patch_size)):
         blocks = blocks.repeat_interleave(size, dim)
     return blocks
+
+
+def painted_last(holes: Tensor, clip: Clip) -> Tensor:
+    """The part of holes (B, T, H, W) that is better painted when the rest of them is, (B, T, H, W).
+
+    A model hides whole patches. Those of which a hole takes little had better be seen first, the hole filled by `from_nearest`,
+    and be painted afterwards: patches with a hole in at most half of their pixels, but no more than half of all patches; and
+    if the holes touch every patch, which would leave nothing visible, the quarter of the patches that they touch least.
+    """
+    shares = patchify(holes[:, None].float(), clip.patch_size, clip.tubelet_size).mean(-1)
+    partial, N = (shares > 0) & (shares < 1), shares.shape[1]
+    count = (partial & (shares <= 0.5)).sum(1).clamp(max=N // 2)
+    least = torch.where((shares == 0).any(1), 0, partial.sum(1).clamp(max=-(-N // 4)))
+    # in no order among those that are touched alike, which would all lie in a corner
+    scattered = torch.rand(N, generator=draws.generator(0, "painted last")).to(shares) / clip.token_dim
+    rank = torch.where(partial, shares + scattered, 2).argsort(dim=1).argsort(dim=1)
+    last = rank < count.maximum(least)[:, None]
+    return holes & pixels_of(last, clip.grid, clip.patch_size, clip.tubelet_size)
+
+
+def from_nearest(clips: Tensor, holes: Tensor) -> Tensor:
+    """Clips (B, C, T, H, W) with their holes (B, T, H, W) filled by the nearest pixel of the same frame, or if that has none,
+    of the nearest frame; clips without any stay as they are."""
+    filled = clips.clone()
+    for i, hole in enumerate(holes.cpu().numpy()):
+        if hole.any() and not hole.all():
+            far = (float(sum(hole.shape)), 1.0, 1.0)
+            nearest: Any = ndimage.distance_transform_edt(hole, far, return_distances=False, return_indices=True)
+            frames, rows, columns = (torch.from_numpy(n).to(clips.device) for n in nearest)
+            filled[i] = clips[i][:, frames, rows, columns]
+    return filled

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from unveil import draws
 from unveil.config import Clip
-from unveil.holes import named_holes, parse_named, pixels_of, strokes
-from unveil.masking import tokens_touched
+from unveil.holes import named_holes, parse_named, strokes
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import Sampler, Step, predict, repaint
-from unveil.tokens import patchify
 from unveil.windows import Region, next_window, regions
 
 FAR_APART = 0.3  # a disagreement, in units of the range, that is shown as the brightest
@@ -139,17 +137,6 @@ class _Canvas:
         return torch.where(self.hole[:, region.rows, region.columns], painted, before)
 
 
-def _nearest(clips: Tensor, hole: Tensor) -> Tensor:
-    """Clips (S, C, T, h, w) whose hole (T, h, w) is filled with the nearest pixel of its frame, if that has any."""
-    filled = clips.clone()
-    for i, frame in enumerate(hole.numpy()):
-        if not frame.all():
-            nearest: Any = ndimage.distance_transform_edt(frame, return_distances=False, return_indices=True)
-            rows, columns = nearest
-            filled[:, :, i] = clips[:, :, i][..., torch.from_numpy(rows), torch.from_numpy(columns)]
-    return filled
-
-
 @dataclass(frozen=True)
 class _Brush:
     """Paints one window after another, each with noise of its own."""
@@ -162,31 +149,16 @@ class _Brush:
     numbers: "itertools.count[int]" = dataclasses.field(default_factory=itertools.count)
 
     def paint(self, clips: Tensor, hole: Tensor, on_made: OnStep | None) -> Tensor:
-        """Fill one window, whose mask may leave no patch whole.
-
-        The quarter of the patches that such a mask touches least is then shown to the encoder, with the nearest pixels in the
-        holes, until the others are painted, and painted last.
+        """Fill one window.
 
         Args:
             clips: samples and, last, the prediction, (S + 1, C, T, h, w) of the model's size.
             hole: (T, h, w).
             on_made: as `paint`'s on_step, for the window of the first sample, (C, T, h, w).
         """
-        sizes = self.model.recipe.clip
-        touched = tokens_touched(hole[None], sizes.patch_size, sizes.tubelet_size)
-        if "generate" in self.model.can or not touched.all() or hole.all():
-            return self._paint(clips, hole, on_made)
-        counts = patchify(hole[None, None].float(), sizes.patch_size, sizes.tubelet_size).sum(-1)
-        # In no order among those that are touched alike, which would all lie in a corner.
-        order = counts + torch.rand(counts.shape, generator=draws.generator(0, "shown first"))
-        last = torch.zeros_like(touched).scatter(1, order.argsort(dim=1)[:, : -(-order.shape[1] // 4)], True)
-        shown = pixels_of(last, sizes.grid, sizes.patch_size, sizes.tubelet_size)[0]
-        first = self._paint(torch.where(hole & shown, _nearest(clips, hole), clips), hole & ~shown, on_made)
-        return self._paint(first, hole & shown, on_made)
 
-    def _paint(self, clips: Tensor, hole: Tensor, on_made: OnStep | None) -> Tensor:
         def watch(step: Step) -> None:
-            if on_made is not None and int(step.samples[0]) == 0:
+            if on_made is not None and int(step.samples[0]) == int(step.rows[0]) == 0:
                 on_made(step.t, lambda: step.clips()[0].cpu())  # the first sample is the first row
 
         number = next(self.numbers)
@@ -230,8 +202,6 @@ def paint(
     on_step: OnStep | None = None,
 ) -> Painted:
     """Paint the holes of a picture of any size.
-
-    A mask may be finer than the model's patches, and touch every one of them.
 
     Args:
         clip: (C, T, H, W) in [0, 1]; T is the model's. What lies under the hole is never read.

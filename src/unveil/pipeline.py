@@ -1,5 +1,6 @@
 """Repainting and generating: clips and a mask in, or classes, and clips out; for the command line and every evaluation."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from unveil import draws
 from unveil.config import Predict, check_choice
+from unveil.holes import from_nearest, painted_last
 from unveil.masking import Mask, gather, group_rows, scatter, tokens_touched
 from unveil.model import AnyModel, Guidance, MaskedDiffusionAutoencoder
 from unveil.sampling import Denoise, OnStep, by_scheduler, ddim, ddpm, dpmpp_2m
@@ -63,20 +65,29 @@ def _check_whole(model: AnyModel) -> None:
         )
 
 
-def _check_can_paint(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
-    """Refuse what the model was not trained for; hidden is (B, N)."""
-    name, branch = model.recipe.name, model.recipe.branches[0]
+def _check(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor) -> None:
+    """Refuse a model that cannot paint, and a mask that does not fit."""
     _check_whole(model)
     if not model.can & {"repaint", "generate"}:
         raise ValueError(
-            f"This {name} predicts patch-normalised values, whose brightness and contrast are unknown, so it cannot paint. "
-            "Pre-train mae_raw or diffmae to repaint."
+            f"This {model.recipe.name} predicts patch-normalised values, whose brightness and contrast are unknown, so it "
+            "cannot paint. Pre-train mae_raw or diffmae to repaint."
         )
+    if holes.shape != (len(clips), *clips.shape[2:]) or holes.dtype != torch.bool:
+        raise ValueError(
+            f"The mask is {tuple(holes.shape)} of {holes.dtype} for clips of {tuple(clips.shape)}; give "
+            f"{(len(clips), *clips.shape[2:])} of torch.bool, True where the picture is to be repainted."
+        )
+
+
+def _check_hidden(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
+    """Refuse hidden tokens (B, N) that the model was not trained for."""
+    name, branch = model.recipe.name, model.recipe.branches[0]
     whole, untouched = hidden.all(1), ~hidden.any(1)
     if whole.any() and "generate" not in model.can:
         raise ValueError(
             f"The mask hides everything, but this {name} was trained with {branch.mask_ratio:.0%} hidden and needs some of "
-            "the picture to go by. Leave at least one whole patch visible."
+            "the picture to go by. Leave some of it visible."
         )
     if "repaint" not in model.can and not (whole | untouched).all():
         raise ValueError(
@@ -86,19 +97,14 @@ def _check_can_paint(model: MaskedDiffusionAutoencoder, hidden: Tensor) -> None:
 
 
 def _holes_in_tokens(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Check a mask, and return tokens with nothing under the holes (B, N, P), the holes' values (B, N, P), and the tokens
-    that any of them touches (B, N)."""
+    """Tokens with nothing under the holes (B, N, P), the holes' values (B, N, P), and the tokens that any of them touches
+    (B, N)."""
     sizes = model.recipe.clip
-    if holes.shape != (len(clips), *clips.shape[2:]) or holes.dtype != torch.bool:
-        raise ValueError(
-            f"The mask is {tuple(holes.shape)} of {holes.dtype} for clips of {tuple(clips.shape)}; give "
-            f"{(len(clips), *clips.shape[2:])} of torch.bool, True where the picture is to be repainted."
-        )
     hole_values = patchify(holes[:, None].expand(-1, sizes.channels, -1, -1, -1), sizes.patch_size, sizes.tubelet_size)
     # what is under a hole must not matter, not even through a hidden token's own values
     x0 = model.tokens(clips).masked_fill(hole_values, 0.0)
     hidden = tokens_touched(holes, sizes.patch_size, sizes.tubelet_size)
-    _check_can_paint(model, hidden)
+    _check_hidden(model, hidden)
     return x0, hole_values, hidden
 
 
@@ -161,9 +167,10 @@ def repaint(
 ) -> Tensor:
     """Fill the holes of clips by conditional diffusion.
 
-    DiffMAE's encoder sees the visible tokens and runs once for each clip. A model whose encoder sees the noise (DiT, UMD) is
-    told of them by replacement at every step, which is biased; so with "ddpm" each of its steps is done ten times over, as
-    RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
+    DiffMAE's encoder sees the visible tokens and runs once for each clip. Tokens of which a hole takes little are seen first,
+    filled by their nearest pixels, and painted in a second pass (`unveil.holes.painted_last`). A model whose encoder sees the
+    noise (DiT, UMD) is told of all known pixels by replacement at every step, which is biased; so with "ddpm" each of its
+    steps is done ten times over, as RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
 
     Args:
         clips: (B, C, T, H, W), in [0, 1] unless they are unbounded. What lies under a hole is never read.
@@ -173,7 +180,7 @@ def repaint(
         reimpose_known: tell the sampler the known pixels inside hidden tokens at every step.
         num_resamples, jump_length: of RePaint, as in `ddpm`, for models whose encoder sees the noise.
         on_step: told each step; clips with other numbers of hidden tokens take theirs one after another, and samples that are
-            too many to be painted together.
+            too many to be painted together. A second pass follows after all of the first.
 
     Returns:
         (B, num_samples, C, T, H, W); pixels outside the holes equal the input bit for bit.
@@ -184,49 +191,100 @@ def repaint(
     check_choice("repaint", "sampler", sampler, Sampler)
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; ask for at least 1.")
-    x0, hole_values, hidden = _holes_in_tokens(model, clips, holes)
+    _check(model, clips, holes)
     if model.schedule is None:
         return predict(model, clips, holes)[:, None].repeat(1, num_samples, 1, 1, 1, 1)
-    if model.recipe.noise_on == "visible":  # it has noise everywhere, and known is whatever is no hole
-        hidden = hidden.any(1, keepdim=True).expand_as(hidden)
-    times = model.schedule.times(num_steps)
-    result = clips[:, None].repeat(1, num_samples, 1, 1, 1, 1)
-    # those with known values in hidden tokens draw more noise, so they go apart: a clip must not depend on its company
-    partly = (hidden[..., None] & ~hole_values).flatten(1).any(1).cpu()
-    kinds = (partly.nonzero().flatten(), (~partly).nonzero().flatten())
-    groups = [(kind[rows], mask) for kind in kinds for rows, mask in group_rows(hidden.cpu()[kind])]
-    for rows, mask in groups:
-        if mask.hidden.shape[1] == 0:
-            continue
-        rows, mask = rows.to(clips.device), mask.to(clips.device)
-        known = ~gather(hole_values[rows], mask.hidden)
-        known = known if known.any() and (reimpose_known or model.recipe.noise_on == "visible") else None
-        noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
-        denoise = model.denoiser(x0[rows], mask, known, noise)
-        again = num_resamples if model.recipe.noise_on == "visible" and known is not None else 1
-        start = gather(x0[rows], mask.hidden)
-        for samples in torch.arange(num_samples).split(max(1, ROWS_AT_ONCE // len(rows))):
-            which = rows.repeat_interleave(len(samples))
-            noise.begin(samples.tolist())
-
-            def filled(tokens: Tensor, which: Tensor = which, mask: Mask = mask, times: int = len(samples)) -> Tensor:
-                hidden = mask.hidden.repeat_interleave(times, 0)
-                pixels = model.clips(scatter(x0[which], hidden, tokens))
-                return torch.where(holes[which][:, None], pixels, clips[which])
-
-            painted = _sample(
-                denoise,
-                noise(start.repeat_interleave(len(samples), 0)),
-                model,
-                sampler,
-                times,
-                noise,
-                num_resamples=again,
-                jump_length=jump_length,
-                on_step=_watch(on_step, which, samples.repeat(len(rows)), filled),
-            )
-            result[rows[:, None], samples.to(rows)] = filled(painted).unflatten(0, (len(rows), len(samples)))
+    indices = list(range(len(clips)) if indices is None else indices)
+    told = model.recipe.noise_on == "visible"  # of every known pixel, so that it may as well do all at once
+    last = torch.zeros_like(holes) if told else painted_last(holes, model.recipe.clip)
+    brush = _Brush(model, num_steps, sampler, seed, reimpose_known or told, num_resamples, jump_length)
+    result = brush.paint(_filled_first(clips, holes, last), holes & ~last, indices, num_samples, on_step)
+    # what a sample painted so far is its own, so from here on each is a clip by itself
+    left = last.flatten(1).any(1).nonzero().flatten().repeat_interleave(num_samples)
+    each = torch.arange(num_samples).repeat(len(left) // num_samples)
+    for begin in range(0, len(left), ROWS_AT_ONCE):
+        rows, samples = left[begin : begin + ROWS_AT_ONCE], each[begin : begin + ROWS_AT_ONCE]
+        own = [draws.key(indices[i], s, "painted last") for i, s in zip(rows.tolist(), samples.tolist(), strict=True)]
+        tell = None if on_step is None else _as_samples(on_step, rows, samples)
+        result[rows, samples] = brush.paint(result[rows, samples], last[rows], own, 1, tell)[:, 0]
     return result
+
+
+def _filled_first(clips: Tensor, holes: Tensor, last: Tensor) -> Tensor:
+    """Clips as they are seen while the holes without their last part are painted."""
+    return torch.where(last[:, None], from_nearest(clips, holes), clips) if last.any() else clips
+
+
+def _as_samples(on_step: Callable[[Step], None], rows: Tensor, samples: Tensor) -> Callable[[Step], None]:
+    """What tells of clips that are these samples of these rows as such."""
+    return lambda step: on_step(dataclasses.replace(step, rows=rows[step.rows], samples=samples[step.rows.cpu()]))
+
+
+@dataclass(frozen=True)
+class _Brush:
+    """Paints all of the tokens that holes touch in one pass; words as of `repaint`."""
+
+    model: MaskedDiffusionAutoencoder
+    num_steps: int
+    sampler: Sampler
+    seed: int
+    reimpose_known: bool
+    num_resamples: int
+    jump_length: int
+
+    def paint(
+        self,
+        clips: Tensor,
+        holes: Tensor,
+        indices: Sequence[int],
+        num_samples: int,
+        on_step: Callable[[Step], None] | None,
+    ) -> Tensor:
+        model = self.model
+        assert model.schedule is not None
+        x0, hole_values, hidden = _holes_in_tokens(model, clips, holes)
+        told = model.recipe.noise_on == "visible"
+        if told:  # it has noise everywhere, and known is whatever is no hole
+            hidden = hidden.any(1, keepdim=True).expand_as(hidden)
+        times = model.schedule.times(self.num_steps)
+        result = clips[:, None].repeat(1, num_samples, 1, 1, 1, 1)
+        # those with known values in hidden tokens draw more noise, so they go apart: a clip must not depend on its company
+        partly = (hidden[..., None] & ~hole_values).flatten(1).any(1).cpu()
+        kinds = (partly.nonzero().flatten(), (~partly).nonzero().flatten())
+        groups = [(kind[rows], mask) for kind in kinds for rows, mask in group_rows(hidden.cpu()[kind])]
+        for rows, mask in groups:
+            if mask.hidden.shape[1] == 0:
+                continue
+            rows, mask = rows.to(clips.device), mask.to(clips.device)
+            known = ~gather(hole_values[rows], mask.hidden)
+            known = known if known.any() and self.reimpose_known else None
+            noise = RowNoise(self.seed, [indices[i] for i in rows.tolist()])
+            denoise = model.denoiser(x0[rows], mask, known, noise)
+            start = gather(x0[rows], mask.hidden)
+            for samples in torch.arange(num_samples).split(max(1, ROWS_AT_ONCE // len(rows))):
+                which = rows.repeat_interleave(len(samples))
+                noise.begin(samples.tolist())
+
+                def filled(
+                    tokens: Tensor, which: Tensor = which, mask: Mask = mask, each: int = len(samples)
+                ) -> Tensor:
+                    hidden = mask.hidden.repeat_interleave(each, 0)
+                    pixels = model.clips(scatter(x0[which], hidden, tokens))
+                    return torch.where(holes[which][:, None], pixels, clips[which])
+
+                painted = _sample(
+                    denoise,
+                    noise(start.repeat_interleave(len(samples), 0)),
+                    model,
+                    self.sampler,
+                    times,
+                    noise,
+                    num_resamples=self.num_resamples if told and known is not None else 1,
+                    jump_length=self.jump_length,
+                    on_step=_watch(on_step, which, samples.repeat(len(rows)), filled),
+                )
+                result[rows[:, None], samples.to(rows)] = filled(painted).unflatten(0, (len(rows), len(samples)))
+        return result
 
 
 @torch.inference_mode()
@@ -241,17 +299,28 @@ def predict(
     """The single prediction from the visible tokens, (B, C, T, H, W): a mean, so blurry, and the best in decibels.
 
     Of a model with a clean branch it is that branch's, if anything is visible; otherwise the prediction at the last time,
-    from noise alone, to which seed and indices belong as in `repaint`.
+    from noise alone, to which seed and indices belong as in `repaint`. Both paint in two passes, as `repaint` does.
     """
     if not model.recipe.reconstructs:
         return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, indices=indices)[:, 0]
+    _check(model, clips, holes)
+    indices = list(range(len(clips)) if indices is None else indices)
+    last = painted_last(holes, model.recipe.clip)
+    result = _predict(model, _filled_first(clips, holes, last), holes & ~last, seed, indices)
+    return _predict(model, result, last, seed, indices) if last.any() else result
+
+
+def _predict(
+    model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, seed: int, indices: Sequence[int]
+) -> Tensor:
+    """What the clean branch predicts in one pass."""
     x0, _, hidden = _holes_in_tokens(model, clips, holes)
     result = clips.clone()
     for rows, mask in group_rows(hidden.cpu()):
         if mask.hidden.shape[1] == 0:
             continue
         if mask.visible.shape[1] == 0:  # which the clean branch never saw
-            mine = [i if indices is None else indices[i] for i in rows.tolist()]
+            mine = [indices[i] for i in rows.tolist()]
             rows = rows.to(clips.device)
             result[rows] = repaint(
                 model, clips[rows], holes[rows], num_steps=1, sampler="ddim", seed=seed, indices=mine

@@ -16,7 +16,6 @@ from unveil.decoding import extensions
 from unveil.holes import NAMED_HOLES, named_holes
 from unveil.likeness import PSNR, TRUNKS, CannotJudge, Judge, Trunk, check_lpips, lpips_judge, ssim_judge
 from unveil.mask_files import read_mask
-from unveil.masking import tokens_touched
 from unveil.metric_weights import FromWeights, MissingWeights, Weights, find_weights_of
 from unveil.metrics import hole_mse, laplacian_energy, mean_interval, psnr
 from unveil.model import MaskedDiffusionAutoencoder
@@ -64,7 +63,7 @@ class EvaluateInpainting(FromWeights, FromRun):
 @dataclass
 class MaskPictures:
     """Mask files, of which picture i draws one by (seed, i), brought to the model's size: a pixel that any pixel of a hole
-    falls into is one. What hides nothing is passed over, and if some must be visible, what leaves no whole patch.
+    falls into is one. What hides nothing is passed over, and if some must be visible, what hides everything.
 
     passed_over: such files, so far.
     """
@@ -89,8 +88,7 @@ class MaskPictures:
         return resize_hole(read_mask(str(file)).hole[None], self.clip.height, self.clip.width)[0]
 
     def _usable(self, hole: Tensor) -> bool:
-        patch = self.clip.patch_size
-        return bool(hole.any()) and not (self.some_visible and tokens_touched(hole[None, None], patch, 1).all())
+        return bool(hole.any()) and not (self.some_visible and bool(hole.all()))
 
     def of(self, index: int, seed: int) -> Tensor:
         """The hole (T, H, W) of the picture of this number."""
@@ -103,8 +101,7 @@ class MaskPictures:
             self.passed_over.add(self.files[number])
         raise ValueError(
             f"--mask: none of {len(self.files)} file(s), as {self.files[0]}, can be used at {self.clip.width} x "
-            f"{self.clip.height} pixels with patches of {self.clip.patch_size}: each hides nothing, or leaves no whole patch "
-            "visible. Give others."
+            f"{self.clip.height} pixels: each hides nothing, or everything. Give others."
         )
 
 
@@ -303,7 +300,7 @@ def evaluate_inpainting(
         if masks.passed_over:
             notices.append(
                 f"Masks of {options.mask} that were passed over: {len(masks.passed_over)}, as {min(masks.passed_over)}. At "
-                f"{clip.width} x {clip.height} pixels they hide nothing, or leave no whole patch visible."
+                f"{clip.width} x {clip.height} pixels they hide nothing, or everything."
             )
     result["notices"] = notices
     if about.data == options.data:
