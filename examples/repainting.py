@@ -69,7 +69,7 @@ class Options:
     limit: int = 256
     """Test pictures, from the first on."""
     num_samples: int = 2
-    """Of each hole; of those in 1,000 steps one."""
+    """Of each hole; of those in 1,000 steps, and by RePaint, one."""
     seed: int = 0
     compile: bool = True
     scores: bool = True
@@ -203,12 +203,13 @@ def judge(options: Options) -> dict[str, Any]:
     return about
 
 
-Fill = Callable[[Tensor, Tensor, int], Tensor]  # clips, holes and the number of samples to (B, S, C, T, H, W)
+# Clips, holes, the clips' numbers, and how many samples, to (B, S, C, T, H, W).
+Fill = Callable[[Tensor, Tensor, range, int], Tensor]
 
 
 def one(fill: Callable[[Tensor, Tensor], Tensor]) -> Fill:
     """A fill that has one answer."""
-    return lambda clips, holes, num_samples: fill(clips, holes)[:, None]
+    return lambda clips, holes, numbers, num_samples: fill(clips, holes)[:, None]
 
 
 def mean_colour(clips: Tensor, holes: Tensor) -> Tensor:
@@ -238,11 +239,14 @@ def classical(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return fill
 
 
+def by_prediction(model: MaskedDiffusionAutoencoder) -> Fill:
+    return lambda clips, holes, numbers, num_samples: predict(model, clips, holes, indices=numbers)[:, None]
+
+
 def by_model(model: MaskedDiffusionAutoencoder, sampler: Sampler, num_steps: int, **more: Any) -> Fill:
-    def fill(clips: Tensor, holes: Tensor, num_samples: int) -> Tensor:
-        return repaint(
-            model, clips, holes, num_steps=num_steps, sampler=sampler, num_samples=num_samples, seed=0, **more
-        )
+    def fill(clips: Tensor, holes: Tensor, numbers: range, num_samples: int) -> Tensor:
+        how = {"num_steps": num_steps, "sampler": sampler, "num_samples": num_samples, **more}
+        return repaint(model, clips, holes, seed=0, indices=numbers, **how)
 
     return fill
 
@@ -255,12 +259,12 @@ def by_unet(file: Path, image_size: int, num_steps: int) -> Fill:
     schedule = make_schedule("linear", 1.0)  # diffusers' default
 
     @torch.inference_mode()
-    def fill(clips: Tensor, holes: Tensor, num_samples: int) -> Tensor:
+    def fill(clips: Tensor, holes: Tensor, numbers: range, num_samples: int) -> Tensor:
         x, hole = clips[:, :, 0] * 2 - 1, holes.float()
         told = torch.cat([x * (1 - hole), hole], 1)
         made = []
         for sample in range(num_samples):
-            start = RowNoise(sample, range(len(x)))(x)
+            start = RowNoise(sample, numbers)(x)
 
             def denoise(x_t: Tensor, t: float) -> Tensor:
                 k = torch.full((len(x_t),), int(t) - 1)
@@ -284,11 +288,10 @@ def rows_of(options: Options) -> dict[str, tuple[Fill, int]]:
         return load_model(options.out / arm)[0]
 
     if "mae_raw" in trained_ones:
-        mae = loaded("mae_raw")
-        rows["MAE, raw pixels"] = (one(lambda clips, holes: predict(mae, clips, holes)), 1)
+        rows["MAE, raw pixels"] = (by_prediction(loaded("mae_raw")), 1)
     if "diffmae" in trained_ones:
         diffmae = loaded("diffmae")
-        rows["DiffMAE, prediction in 1 step"] = (one(lambda clips, holes: predict(diffmae, clips, holes)), 1)
+        rows["DiffMAE, prediction in 1 step"] = (by_prediction(diffmae), 1)
         for steps in (5, 20, 100):
             rows[f"DiffMAE, {steps} steps"] = (by_model(diffmae, "dpmpp", steps), S)
         rows["DiffMAE, 1,000 steps of DDPM"] = (by_model(diffmae, "ddpm", 1000), 1)
@@ -296,7 +299,7 @@ def rows_of(options: Options) -> dict[str, tuple[Fill, int]]:
         if arm in trained_ones:
             model = loaded(arm)
             rows[f"{name}, replacement, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=1), S)
-            rows[f"{name}, RePaint, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=10, jump_length=10), S)
+            rows[f"{name}, RePaint, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=10, jump_length=10), 1)
     if "unet" in trained_ones:
         for steps in (20, 100):
             rows[f"U-Net, {steps} steps"] = (by_unet(options.out / "unet" / "unet.pt", options.image_size, steps), S)
@@ -327,7 +330,8 @@ def told(values: Tensor) -> dict[str, float]:
 
 def scored(fill: Fill, num_samples: int, clips: Tensor, holes: Tensor, judge: Judge) -> tuple[dict[str, Any], Tensor]:
     begin = cpu_seconds()
-    samples = torch.cat([fill(c, h, num_samples) for c, h in zip(clips.split(64), holes.split(64), strict=True)])
+    parts = [range(len(clips))[i : i + 64] for i in range(0, len(clips), 64)]
+    samples = torch.cat([fill(clips[p.start : p.stop], holes[p.start : p.stop], p, num_samples) for p in parts])
     seconds = cpu_seconds() - begin
     each = [psnr(hole_mse(samples[:, s], clips, holes)) for s in range(samples.shape[1])]
     features = judge_pictures(judge, samples[:, 0, :, 0]).features
