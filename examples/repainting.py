@@ -49,6 +49,7 @@ from unveil.tasks.pretrain import Pretrain, pretrain
 
 Arm = Literal["diffmae", "mae_raw", "dit", "umd", "unet", "judge"]
 UNET_BATCH = 64
+STEPS = (5, 10, 20, 50, 100)  # of DPM-Solver++
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +293,7 @@ def rows_of(options: Options) -> dict[str, tuple[Fill, int]]:
     if "diffmae" in trained_ones:
         diffmae = loaded("diffmae")
         rows["DiffMAE, prediction in 1 step"] = (by_prediction(diffmae), 1)
-        for steps in (5, 20, 100):
+        for steps in STEPS:
             rows[f"DiffMAE, {steps} steps"] = (by_model(diffmae, "dpmpp", steps), S)
         rows["DiffMAE, 1,000 steps of DDPM"] = (by_model(diffmae, "ddpm", 1000), 1)
     for arm, name in (("dit", "DiT"), ("umd", "UMD")):
@@ -383,7 +384,33 @@ def score(options: Options, results: Results) -> None:
             results.part("score", mask, name, make=make)
             sheet.append((name, list(torch.load(kept))))
         save_png(options.out / f"{mask.partition(':')[0]}.png", contact_sheet(sheet, cell=64))
+        draw_curve(results.read()["score"][mask], options.out / f"{mask.partition(':')[0]}_steps.png")
     print(table(results.read()["score"]))
+
+
+def draw_curve(rows: dict[str, Any], file: Path) -> None:
+    """What more steps of DiffMAE are worth, in seconds and in quality; the others as marks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11, 4), layout="constrained")
+    lines = [name for name in rows if name.startswith("DiffMAE") and name.endswith("steps")]
+    others = [name for name in rows if name not in lines and rows[name]["sharpness"] > 0.001]
+    kinds = {
+        "psnr_of_a_sample": "decibels of a sample (more is better)",
+        "feature_distance": "feature distance (less is better)",
+    }
+    for axes, (key, label) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
+        x, y = ([rows[name][k] for name in lines] for k in ("cpu_seconds_a_sample", key))
+        axes.errorbar(
+            x, [v["mean"] for v in y], [v["ci95"] for v in y], marker="o", capsize=3, label="DiffMAE, DPM-Solver++"
+        )
+        for name, a, b in zip(lines, x, y, strict=True):
+            axes.annotate(name.split()[1], (a, b["mean"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        for name in others:
+            axes.plot(rows[name]["cpu_seconds_a_sample"], rows[name][key]["mean"], "x", label=name)
+        axes.set(xscale="log", xlabel="seconds of the processor for one sample", ylabel=label)
+    figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=110)
 
 
 def table(values: dict[str, Any]) -> str:

@@ -20,13 +20,13 @@ def holes(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
 @pytest.mark.parametrize("seed", range(60))
 def test_every_hole_lies_in_a_region_that_is_inside_the_picture(seed: int) -> None:
     hole, size = holes(seed)
-    left = hole.copy()
-    for region in regions(hole, size):
+    left, most = hole.copy(), 2.0 if seed % 3 else 4.0
+    for region in regions(hole, size, max_scale=most):
         assert 0 <= region.top < region.bottom <= hole.shape[0]
         assert 0 <= region.left < region.right <= hole.shape[1]
         assert (region.height, region.width) >= size
         scales = (region.bottom - region.top) / region.height, (region.right - region.left) / region.width
-        assert max(scales) <= 2 + 0.6 / min(size)  # sides are whole pixels
+        assert max(scales) <= most + 0.3 * most / min(size)  # sides are whole pixels
         inside = hole[region.rows, region.columns]
         assert inside.any()
         left[region.rows, region.columns] = False
@@ -57,7 +57,14 @@ def one(height: int, width: int, box: tuple[int, int, int, int]) -> np.ndarray:
     ],
 )
 def test_a_region_shows_the_hole_with_its_surroundings(hole: np.ndarray, wanted: Region) -> None:
-    assert regions(hole, (64, 64)) == [wanted]
+    assert regions(hole, (64, 64), max_scale=2) == [wanted]
+
+
+def test_a_hole_is_shrunk_four_times_at_most() -> None:
+    (shown,) = regions(one(500, 500, (200, 200, 300, 320)), (64, 64))
+    assert (shown.bottom - shown.top, shown.height) == (240, 64)
+    (large,) = regions(one(900, 900, (200, 200, 500, 500)), (64, 64))
+    assert (large.bottom - large.top, large.height) == (556, 139)
 
 
 def test_holes_that_one_window_shows_are_one_region() -> None:

@@ -123,7 +123,7 @@ class InpaintPipeline:
         *,
         sampler: Sampler = "dpmpp",
         context: float = 0.5,
-        max_scale: float = 2.0,
+        max_scale: float = 4.0,
         feather: int = 0,
     ) -> InpaintOutput | tuple[Any]:
         """Repaint.

@@ -197,7 +197,7 @@ def paint(
     index: int = 0,
     whole: bool = False,
     context: float = 0.5,
-    max_scale: float = 2.0,
+    max_scale: float = 4.0,
     feather: int = 0,
     on_step: OnStep | None = None,
 ) -> Painted:

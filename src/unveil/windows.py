@@ -97,7 +97,7 @@ class _View:
         return Region(top, left, bottom, right, height, width)
 
 
-def regions(hole: np.ndarray, size: tuple[int, int], context: float = 0.5, max_scale: float = 2.0) -> list[Region]:
+def regions(hole: np.ndarray, size: tuple[int, int], context: float = 0.5, max_scale: float = 4.0) -> list[Region]:
     """The parts of a picture to paint one after another, so that each hole is seen with its surroundings.
 
     A region is cut out at the picture's own scale where a window of the model's size shows the hole with its surroundings, or

@@ -52,7 +52,7 @@ class Inpaint(FromRun):
     """Blend so many pixels around each hole into what is painted. 0 keeps all of them as they are."""
     context: float = 0.5
     """How much around a hole the model is to see on each side, in units of the hole's longer side."""
-    max_scale: float = 2.0
+    max_scale: float = 4.0
     """How far at most a part of the picture is shrunk so that one window shows it; what needs more is painted by several."""
     num_samples: int = 4
     """Different answers for each picture."""
