@@ -1,13 +1,11 @@
 """Holes by name, and masks from files: what is white is repainted, and which mask belongs to which picture."""
 
-import dataclasses
-
 import pytest
 import torch
 from scipy import ndimage
 from small import build, generator, small
 
-from unveil.holes import from_nearest, named_holes, painted_last, parse_named, pixels_of, strokes
+from unveil.holes import filled_smoothly, hardly_touched, named_holes, parse_named, strokes
 from unveil.painting import feather_weights, paint
 from unveil.pipeline import default_sampler
 
@@ -61,82 +59,85 @@ def patches_of(hole: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["random:0.9", "center", "block", "tube", "random:1"])
-def test_whole_patches_are_all_painted_at_once(name: str) -> None:
-    assert not painted_last(named_holes(CLIP, name, range(6), seed=0), CLIP).any()
+def test_whole_patches_are_all_painted(name: str) -> None:
+    assert not hardly_touched(named_holes(CLIP, name, range(6), seed=0), CLIP, 0.5).any()
 
 
-def test_patches_of_which_at_most_half_is_hidden_are_painted_last() -> None:
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75, 1])
+def test_patches_of_which_a_hole_takes_little_are_not_painted(share: float) -> None:
     hole = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
-    hole[0, :, 2:11, 1:14] = True  # of the patches of each column 3, 4, 4 and 2 columns, and of rows 2, 4 and 3 rows
-    last = painted_last(hole, CLIP)
-    assert not (last & ~hole).any()
-    assert not last[1].any()
+    hole[0, :, 2:11, 1:14] = True
+    part = hardly_touched(hole, CLIP, share)
+    assert not (part & ~hole).any()
+    assert not part[1].any()
     counts = patches_of(hole[0])
     assert counts.tolist() == [[6, 8, 8, 4], [12, 16, 16, 8], [9, 12, 12, 6], [0, 0, 0, 0]]
-    assert torch.equal(patches_of(last[0]), torch.where(counts <= 8, counts, 0))
+    assert torch.equal(patches_of(part[0]), torch.where((counts <= 16 * share) & (counts < 16), counts, 0))
 
 
-def test_at_most_half_of_all_patches_are_painted_last() -> None:
-    """Those that are touched least; a dot in each of the others cannot be seen through."""
-    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-    hole[..., 1::4, 1::4] = True
-    hole[..., :8, 2::4] = True  # one more row's worth in the upper half
-    hole[..., 12:, 12:] = False
-    last = patches_of(painted_last(hole, CLIP)[0])
-    assert (last > 0).sum() == 8
-    assert last[:2].sum() == last[2:].sum() - 7 + 5  # all 7 of the lower half, and one of 5 pixels of the upper
-    assert last[2:].sum() == 7
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_of_a_mask_that_touches_every_patch_some_are_seen(rows: int) -> None:
-    """A quarter even where most of each is hidden, and never one that is hidden whole."""
+@pytest.mark.parametrize("rows, seen", [(1, 12), (3, 4)])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_of_a_mask_that_touches_every_patch_some_are_seen(rows: int, seen: int, share: float) -> None:
+    """A quarter even where most of each is hidden, in no order, and never one that is hidden whole."""
     hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     for row in range(rows):
         hole[..., row::4, :] = True
     hole[..., :4, :] = True
-    last = patches_of(painted_last(hole, CLIP)[0]) > 0
-    assert last.sum() == {1: 8, 3: 4}[rows]
-    assert not last[0].any()
-    corner = (torch.arange(16).reshape(4, 4) >= 16 - last.sum()) | (torch.arange(16).reshape(4, 4) < 4 + last.sum())
-    assert not torch.equal(last, corner & last) or rows == 1  # in no order
+    part = patches_of(hardly_touched(hole, CLIP, share)[0]) > 0
+    assert part.sum() == (seen if share else 4)
+    assert not part[0].any()
+    assert part.all(1).sum() == (3 if part.sum() == 12 else 0)
+    hole[...] = True
+    assert not hardly_touched(hole, CLIP, share).any()
 
 
-def test_what_is_painted_last_does_not_depend_on_the_other_clips() -> None:
+def test_what_is_hardly_touched_does_not_depend_on_the_other_clips() -> None:
     holes = torch.stack([strokes(16, 16, share, generator(seed)) for seed in range(4) for share in (0.1, 0.4, 0.8)])
     holes = holes[:, None]
-    together = painted_last(holes, CLIP)
+    together = hardly_touched(holes, CLIP, 0.5)
     assert together.any()
-    for hole, last in zip(holes, together, strict=True):
-        assert torch.equal(painted_last(hole[None], CLIP)[0], last)
+    for hole, part in zip(holes, together, strict=True):
+        assert torch.equal(hardly_touched(hole[None], CLIP, 0.5)[0], part)
 
 
-def test_painted_last_counts_pixels_of_every_frame_of_a_tube() -> None:
-    clip = dataclasses.replace(small("diffmae", frames=4, tubelet_size=2).clip)
+def test_a_tube_is_touched_in_any_of_its_frames() -> None:
+    clip = small("diffmae", frames=4, tubelet_size=2).clip
     hole = torch.zeros(1, 4, clip.height, clip.width, dtype=torch.bool)
     hole[:, 0, :4, :4] = True  # one of the two frames of a token
     hole[:, 2:, 4:8, :4] = True
-    last = painted_last(hole, clip)
-    assert torch.equal(last[:, 0], hole[:, 0])
-    assert not last[:, 1:].any()
-    shown = pixels_of(torch.ones(1, clip.num_tokens, dtype=torch.bool), clip.grid, clip.patch_size, clip.tubelet_size)
-    assert shown.shape == hole.shape
+    part = hardly_touched(hole, clip, 0.5)
+    assert torch.equal(part[:, 0], hole[:, 0])
+    assert not part[:, 1:].any()
 
 
-def test_from_nearest_takes_a_pixel_of_the_frame_or_else_of_the_nearest() -> None:
-    clips = torch.rand(3, 2, 3, 4, 5, generator=generator(0))
-    holes = torch.zeros(3, 3, 4, 5, dtype=torch.bool)
-    holes[0, 0, :, 1:] = True
-    holes[0, 1] = True
-    holes[0, 2, :, :-1] = True
-    holes[1] = True
-    filled = from_nearest(clips, holes)
-    assert torch.equal(filled[0, :, 0], clips[0, :, 0, :, :1].expand(-1, -1, 5))
-    assert torch.equal(filled[0, :, 2], clips[0, :, 2, :, -1:].expand(-1, -1, 5))
-    near = filled[0, :, 1]
-    assert ((near[:, :, :1] == clips[0, :, 0, :, :1]) | (near[:, :, 4:] == clips[0, :, 2, :, 4:])).any()
-    assert torch.isin(near, filled[0, :, [0, 2]]).all()
-    assert torch.equal(filled[1:], clips[1:])
+def test_a_smooth_filling_goes_on_with_what_is_around_it() -> None:
+    """A slope is filled without an error, through time too, and other parts of the hole count for nothing."""
+    y, x = torch.meshgrid(torch.arange(12.0), torch.arange(14.0), indexing="ij")
+    slope = (0.3 + 0.02 * y + 0.03 * x).expand(2, 3, 12, 14)
+    clips = torch.stack([slope, slope.flip(-1)])
+    hole = torch.zeros(2, 3, 12, 14, dtype=torch.bool)
+    hole[:, :, 3:7, 2:6] = True
+    hole[0, :, 9:, 9:] = True
+    part = hole.clone()
+    part[:, :, 9:, 9:] = False
+    damaged = torch.where(hole[:, None], torch.nan, clips)
+    filled = filled_smoothly(damaged, hole, part)
+    torch.testing.assert_close(filled[part[:, None].expand_as(filled)], clips[part[:, None].expand_as(filled)])
+    assert torch.equal(filled[~hole[:, None].expand_as(filled)], clips[~hole[:, None].expand_as(filled)])
+    assert filled[0][:, hole[0] & ~part[0]].isnan().all()
+    assert damaged.isnan().sum() == hole.sum() * 2  # what was given is as it was
+    whole_frame = torch.zeros(1, 3, 12, 14, dtype=torch.bool)
+    whole_frame[:, 1] = True
+    torch.testing.assert_close(filled_smoothly(clips[:1], whole_frame, whole_frame), clips[:1], atol=0.02, rtol=0)
+
+
+def test_a_smooth_filling_is_the_mean_of_its_neighbours() -> None:
+    clips = torch.rand(1, 3, 1, 9, 8, generator=generator(0))
+    hole = strokes(9, 8, 0.3, generator(1))[None, None]
+    filled = filled_smoothly(clips, hole, hole)[0, :, 0]
+    around = torch.nn.functional.pad(filled, (1, 1, 1, 1), value=torch.nan)
+    near = torch.stack([around[:, :-2, 1:-1], around[:, 2:, 1:-1], around[:, 1:-1, :-2], around[:, 1:-1, 2:]])
+    torch.testing.assert_close(filled[:, hole[0, 0]], near.nanmean(0)[:, hole[0, 0]])
 
 
 @pytest.mark.parametrize("text, message", [("wave:0.5", "The mask 'wave:0.5' is unknown"), ("block:2", "from 0 to 1"),

@@ -1,5 +1,6 @@
 """The command `unveil inpaint` and the pictures it writes: what is visible stays as it is, bit for bit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def test_visible_pixels_are_kept_bit_for_bit(
     hole = hole_of(*size)
     assert hole.any()
     run = run_of(channels=channels)
-    result = go(run, source, tmp_path / "out", mask=mask(tmp_path / "mask.png", hole), sampler=sampler)
+    options = {"mask": mask(tmp_path / "mask.png", hole), "sampler": sampler, "smooth_share": 0.0}
+    result = go(run, source, tmp_path / "out", **options)
     files = result["pictures"][0]["files"]
     assert list(files) == ["masked", *PAINTED, "disagreement"]
     before = read(source)
@@ -188,8 +190,54 @@ def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callab
     for label, path in alone[0]["files"].items():
         assert np.array_equal(read(path), read(together[0]["files"][label]))
     hole = mask(tmp_path / "m.png", hole_of(16, 16))
-    first, second, _ = go(run, tmp_path / "in", tmp_path / "c", mask=hole)["pictures"]
+    first, second, _ = go(run, tmp_path / "in", tmp_path / "c", mask=hole, smooth_share=0.0)["pictures"]
     assert not np.array_equal(read(first["files"]["sample1"]), read(second["files"]["sample1"]))
+
+
+def test_a_picture_that_cannot_be_painted_is_passed_over(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    """By its name, and the others are painted; alone it is an error."""
+    for name, size in (("a", 16), ("b", 1), ("c", 20)):
+        picture(tmp_path / "in" / f"{name}.png", size, size)
+    result = go(run_of(), tmp_path / "in", tmp_path / "out", mask="irregular:0.2")
+    assert [made["picture"] for made in result["pictures"]] == ["a.png", "c.png"]
+    assert any(re.match(r"Skipped b.png: .*hides everything", notice) for notice in result["notices"])
+    assert Path(result["sheet"]).exists()
+    with pytest.raises(ValueError, match="hides everything"):
+        go(run_of(), tmp_path / "in" / "b.png", tmp_path / "out2", mask="irregular:0.2")
+
+
+@pytest.mark.parametrize(
+    "what, name", [("images", "sheet.png"), ("images", "a_sample1.png"), ("mask", "in_masked.png")]
+)
+def test_no_input_is_overwritten(tmp_path: Path, run_of: Callable[..., Path], what: str, name: str) -> None:
+    out = tmp_path / "out"
+    given = {"images": picture(tmp_path / "in.png"), "mask": mask(tmp_path / "m.png", hole_of(16, 16))}
+    given[what] = given[what].rename((out / name) if out.mkdir() is None else out)
+    before = given[what].read_bytes()
+    with pytest.raises(ValueError, match=f"{name} lies in --out .* might be overwritten"):
+        go(run_of(), given["images"], out, mask=given["mask"])
+    assert given[what].read_bytes() == before
+    assert list(out.iterdir()) == [given[what]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_samples": 0}, "--num-samples 0: ask for at least one"),
+        ({"num_samples": -1, "animate": True}, "--num-samples -1"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"num_steps": 1001}, "Use 1 to 1000 steps"),
+        ({"smooth_share": 1.5}, "--smooth-share 1.5: give a share"),
+    ],
+)
+def test_numbers_are_looked_at_before_any_work(
+    tmp_path: Path, run_of: Callable[..., Path], options: dict[str, Any], message: str
+) -> None:
+    """Even where nothing is to be painted."""
+    nothing = mask(tmp_path / "m.png", np.zeros((16, 16), dtype=bool))
+    with pytest.raises(ValueError, match=message):
+        go(run_of(), picture(tmp_path / "in.png"), tmp_path / "out", mask=nothing, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_hidden_returns_the_picture_with_a_notice(tmp_path: Path, run_of: Callable[..., Path]) -> None:
@@ -493,16 +541,17 @@ def test_strokes_are_of_the_pictures_own_pixels(
 
 
 def test_the_chain_of_predictions_as_an_animation(tmp_path: Path, run_of: Callable[..., Path]) -> None:
-    """The masked picture, one frame for each step of both passes, and the first sample; it plays for ever."""
+    """The masked picture, one frame for each step, and the first sample; it plays for ever."""
     source, hole = picture(tmp_path / "in.png", 20, 30), hole_of(20, 30)
-    result = go(run_of(), source, tmp_path / "out", mask=mask(tmp_path / "m.png", hole), num_steps=6, animate=True)
+    options = {"mask": mask(tmp_path / "m.png", hole), "num_steps": 6, "animate": True, "smooth_share": 0.0}
+    result = go(run_of(), source, tmp_path / "out", **options)
     files = result["pictures"][0]["files"]
     with Image.open(files["chain"]) as chain:
         # the last step is the sample, and Pillow shows it once for longer
-        assert getattr(chain, "n_frames", 1) == 1 + 2 * 6
+        assert getattr(chain, "n_frames", 1) == 1 + 6
         assert chain.info["loop"] == 0
         frames = []
-        for i in range(13):
+        for i in range(7):
             chain.seek(i)
             frames.append(np.asarray(chain.convert("RGB")).astype(int))
     assert np.abs(frames[0] - read(files["masked"])).mean() < 12  # GIF has 256 colours
@@ -512,7 +561,13 @@ def test_the_chain_of_predictions_as_an_animation(tmp_path: Path, run_of: Callab
 
 def test_a_long_animation_is_thinned(tmp_path: Path, run_of: Callable[..., Path]) -> None:
     source, hole = picture(tmp_path / "in.png"), hole_of(16, 16)
-    options = {"mask": mask(tmp_path / "m.png", hole), "num_steps": 300, "animate": True, "num_samples": 1}
+    options = {
+        "mask": mask(tmp_path / "m.png", hole),
+        "num_steps": 300,
+        "animate": True,
+        "num_samples": 1,
+        "smooth_share": 0.0,
+    }
     result = go(run_of(), source, tmp_path / "out", **options)
     with Image.open(result["pictures"][0]["files"]["chain"]) as chain:
         assert 25 < getattr(chain, "n_frames", 1) <= 62

@@ -8,7 +8,7 @@ import torch
 from small import VARIANTS, build, clips_for, small, small_variant
 from torch import Tensor
 
-from unveil.holes import from_nearest, masked_view, named_holes, painted_last
+from unveil.holes import filled_smoothly, hardly_touched, masked_view, named_holes
 from unveil.masking import group_rows, scatter, tokens_touched
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import predict, repaint
@@ -193,54 +193,60 @@ def partly() -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["diffmae", "mae_raw", "mae_umd"])
-def test_patches_that_a_hole_hardly_takes_are_painted_when_the_others_are(variant: str) -> None:
-    """Two passes, the first of which sees them filled by their nearest pixels, the second what the first has painted."""
+def test_patches_that_a_hole_hardly_takes_are_seen_filled_smoothly(variant: str) -> None:
+    """And stay so; the others are painted as if nothing but these were hidden."""
     model = build(small_variant(variant))
     clips, holes = clips_for(model.recipe), partly()
-    last = holes.clone()
-    last[..., 4:12, 4:12] = False
-    assert torch.equal(painted_last(holes, model.recipe.clip), last)
-    first = predict(model, torch.where(last[:, None], from_nearest(clips, holes), clips), holes & ~last)
-    made = predict(model, clips, holes)
-    inside = (holes & ~last)[:, None].expand_as(made)
-    assert torch.equal(made[inside], first[inside])
-    if model.schedule is None:
-        assert torch.equal(made, predict(model, torch.where(holes[:, None], first, clips), last))
-    again = repaint(model, clips, holes, num_steps=2, num_samples=3, seed=4)
-    begun = repaint(model, torch.where(last[:, None], from_nearest(clips, holes), clips), holes & ~last, num_steps=2,
-                    num_samples=3, seed=4)  # fmt: skip
-    inside = inside[:, None].expand_as(again)
-    assert torch.equal(again[inside], begun[inside])
+    part = holes.clone()
+    part[..., 4:12, 4:12] = False
+    assert torch.equal(hardly_touched(holes, model.recipe.clip, 0.5), part)
+    filled = filled_smoothly(clips, holes, part)
+    assert torch.equal(predict(model, clips, holes), predict(model, filled, holes & ~part))
+    settings = {"num_steps": 2, "num_samples": 3, "seed": 4}
+    made = repaint(model, clips, holes, **settings)
+    assert torch.equal(made, repaint(model, filled, holes & ~part, **settings))
+    inside = part[:, None].expand_as(clips)
+    assert torch.equal(made[:, 2][inside], filled[inside])
+    painted = repaint(model, clips, holes, smooth_share=0, **settings)
+    assert torch.isclose(painted[:, 2][inside], filled[inside], atol=1e-3).float().mean() < 0.5
 
 
-def test_each_sample_goes_on_from_what_it_has_painted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And who watches is told of rows and samples as they were asked for, however many are painted together."""
+@pytest.mark.parametrize("variant", ["diffmae", "mae_raw", "umd", "dit"])
+def test_a_scratch_is_filled_smoothly_and_nothing_is_asked_of_the_model(variant: str) -> None:
+    """But of a model that goes by pixels."""
+    model = build(small_variant(variant))
+    clips, holes = clips_for(model.recipe), all_of(False)
+    holes[..., 5, :] = True
+    steps = []
+    made = repaint(model, clips, holes, num_steps=2, on_step=steps.append)
+    smooth = (clips[..., 4, :] + clips[..., 6, :]) / 2
+    if variant in ("diffmae", "mae_raw"):
+        assert not steps
+        assert (made[:, 0, ..., 5, :] - smooth).abs().mean() < (clips[..., 5, :] - smooth).abs().mean()
+        assert torch.equal(made[:, 0], filled_smoothly(clips, holes, holes))
+    else:
+        assert steps
+        assert not torch.equal(made[:, 0], filled_smoothly(clips, holes, holes))
+
+
+def test_known_pixels_in_hidden_tokens_are_told_unless_they_are_not_to_be() -> None:
     model = build(small_variant("diffmae"))
-    clips, holes = clips_for(model.recipe), partly()
-    holes[1] = False
-    holes[1, :, :4, :4] = True  # whole patches, so that all is done in the first pass
+    clips, holes = clips_for(model.recipe), all_of(False)
+    holes[..., 5:11, 5:11] = True
+    told, untold = (
+        repaint(model, clips, holes, num_steps=3, smooth_share=0, reimpose_known=known) for known in (True, False)
+    )
+    assert not torch.equal(told, untold)
 
-    def run(**more: Any) -> tuple[Tensor, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-        told = []
-        made = repaint(
-            model,
-            clips,
-            holes,
-            num_steps=2,
-            num_samples=3,
-            seed=4,
-            on_step=lambda step: told.append((tuple(step.rows.tolist()), tuple(step.samples.tolist()))),
-            **more,
-        )
-        return made, told
 
-    made, told = run()
-    assert sorted(told[:4]) == sorted([((0, 0, 0), (0, 1, 2)), ((1, 1, 1), (0, 1, 2))] * 2)
-    assert told[4:] == [((0, 0, 0), (0, 1, 2))] * 2
-    monkeypatch.setattr("unveil.pipeline.ROWS_AT_ONCE", 1)
-    one_by_one, told = run()
-    torch.testing.assert_close(one_by_one, made, rtol=0, atol=1e-5)
-    assert told[-6:] == [((0,), (s,)) for s in (0, 0, 1, 1, 2, 2)]
+@pytest.mark.parametrize("jump_length", [1, 2])
+def test_jumps_of_repaint_reach_the_sampler(jump_length: int) -> None:
+    model = build(small_variant("umd"))
+    clips, holes = clips_for(model.recipe, 2), some()
+    seen: list[float] = []
+    options: Any = {"num_steps": 4, "num_resamples": 2, "jump_length": jump_length}
+    repaint(model, clips, holes, on_step=lambda step: seen.append(step.t), **options)
+    assert len(seen) == {1: 7, 2: 6}[jump_length], seen
 
 
 @pytest.mark.parametrize("variant", SEE_NOISE)

@@ -835,8 +835,8 @@ def test_the_model_of_the_package_paints_and_says_what_it_is() -> None:
     assert run.about.data.startswith("Tiny-ImageNet")
     photo = Image.fromarray(load_sample_image("flower.jpg")).resize((64, 64))
     clip = from_pillow(photo).seen(3)
-    hole, _ = named_hole(run.model.recipe.clip, "center:0.25", 0, 0, (1, 64, 64))
-    painted = paint(run.model, clip, hole, num_steps=1, whole=True).prediction
+    hole, seen = named_hole(run.model.recipe.clip, "center:0.25", 0, 0, (1, 64, 64))
+    painted = paint(run.model, clip, hole, num_steps=1, seen=seen).prediction
     flat = clip[:, ~hole].mean(1)
     error, plain = ((x - clip[:, hole]).square().mean() for x in (painted[:, hole], flat[:, None]))
     assert error < 0.7 * plain

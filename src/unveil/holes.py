@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy import ndimage
+from scipy import sparse
+from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
 from unveil import draws
@@ -121,32 +121,50 @@ def pixels_of(hidden: Tensor, grid: Grid, patch_size: int, tubelet_size: int = 1
     return blocks
 
 
-def painted_last(holes: Tensor, clip: Clip) -> Tensor:
-    """The part of holes (B, T, H, W) that is better painted when the rest of them is, (B, T, H, W).
+def hardly_touched(holes: Tensor, clip: Clip, share: float) -> Tensor:
+    """The part of holes (B, T, H, W) for which a model, which hides whole patches, would hide more than it paints: what lies in
+    patches with a hole in at most this share of their pixels, (B, T, H, W).
 
-    A model hides whole patches. Those of which a hole takes little had better be seen first, the hole filled by `from_nearest`,
-    and be painted afterwards: patches with a hole in at most half of their pixels, but no more than half of all patches; and
-    if the holes touch every patch, which would leave nothing visible, the quarter of the patches that they touch least.
+    If every patch of a clip is touched, so that nothing would be left to go by, it is at least what lies in the quarter of the
+    patches that are touched least, as far as these are not hidden whole.
     """
     shares = patchify(holes[:, None].float(), clip.patch_size, clip.tubelet_size).mean(-1)
     partial, N = (shares > 0) & (shares < 1), shares.shape[1]
-    count = (partial & (shares <= 0.5)).sum(1).clamp(max=N // 2)
+    count = (partial & (shares <= share)).sum(1)
     least = torch.where((shares == 0).any(1), 0, partial.sum(1).clamp(max=-(-N // 4)))
     # in no order among those that are touched alike, which would all lie in a corner
-    scattered = torch.rand(N, generator=draws.generator(0, "painted last")).to(shares) / clip.token_dim
+    scattered = torch.rand(N, generator=draws.generator(0, "hardly touched")).to(shares) / clip.token_dim
     rank = torch.where(partial, shares + scattered, 2).argsort(dim=1).argsort(dim=1)
-    last = rank < count.maximum(least)[:, None]
-    return holes & pixels_of(last, clip.grid, clip.patch_size, clip.tubelet_size)
+    patches = rank < count.maximum(least)[:, None]
+    return holes & pixels_of(patches, clip.grid, clip.patch_size, clip.tubelet_size)
 
 
-def from_nearest(clips: Tensor, holes: Tensor) -> Tensor:
-    """Clips (B, C, T, H, W) with their holes (B, T, H, W) filled by the nearest pixel of the same frame, or if that has none,
-    of the nearest frame; clips without any stay as they are."""
+def filled_smoothly(clips: Tensor, holes: Tensor, part: Tensor) -> Tensor:
+    """Clips (B, C, T, H, W) with a part of their holes (B, T, H, W both) filled: each pixel is the mean of its neighbours,
+    in time too. Neighbours in other parts of the holes do not count.
+
+    From every pixel of the part, a pixel outside the holes must be within reach through the part.
+    """
     filled = clips.clone()
-    for i, hole in enumerate(holes.cpu().numpy()):
-        if hole.any() and not hole.all():
-            far = (float(sum(hole.shape)), 1.0, 1.0)
-            nearest: Any = ndimage.distance_transform_edt(hole, far, return_distances=False, return_indices=True)
-            frames, rows, columns = (torch.from_numpy(n).to(clips.device) for n in nearest)
-            filled[i] = clips[i][:, frames, rows, columns]
+    for i, (hole, inside) in enumerate(zip(holes.cpu().numpy(), part.cpu().numpy(), strict=True)):
+        places = np.argwhere(inside)
+        n = len(places)
+        if n == 0:
+            continue
+        number = np.zeros(hole.shape, dtype=int)
+        number[inside] = np.arange(n)
+        values = clips[i].movedim(0, -1).double().cpu().numpy()
+        degree, sums, pairs = np.zeros(n), np.zeros((n, values.shape[-1])), []
+        for step in (*np.eye(3, dtype=int), *-np.eye(3, dtype=int)):
+            near = places + step
+            exists = ((near >= 0) & (near < hole.shape)).all(1)
+            here, near = np.flatnonzero(exists), tuple(near[exists].T)
+            known, ours = ~hole[near], inside[near]
+            sums[here[known]] += values[near][known]
+            degree[here[known | ours]] += 1
+            pairs.append((here[ours], number[near][ours]))
+        rows, columns = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        between = sparse.csc_array((np.ones(len(rows)), (rows, columns)), shape=(n, n))
+        solved = sparse_linalg.spsolve((sparse.diags_array(degree) - between).tocsc(), sums).reshape(n, -1)
+        filled[i][:, torch.from_numpy(inside)] = torch.from_numpy(solved.T).to(filled)
     return filled

@@ -1,7 +1,9 @@
 """Repainting with the call that users of diffusers know."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from unveil.config import check_choice
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, from_pillow, hole_of
 from unveil.painting import paint
-from unveil.pipeline import Sampler
+from unveil.pipeline import SMOOTH_SHARE, Sampler
 
 OutputType = Literal["pil", "np", "pt"]
 Picture = Image.Image | np.ndarray | Tensor
@@ -121,7 +123,8 @@ class InpaintPipeline:
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
         *,
-        sampler: Sampler = "dpmpp",
+        sampler: Sampler | None = None,
+        smooth_share: float = SMOOTH_SHARE,
         context: float = 0.5,
         max_scale: float = 4.0,
         feather: int = 0,
@@ -136,12 +139,15 @@ class InpaintPipeline:
             num_images_per_prompt: samples for each picture.
             generator: the noise follows from its state, which moves on; one for all pictures or one each. Without, torch's
                 global one.
-            output_type: "pil", Pillow pictures of the input's mode; "np", (N, H, W, C), or "pt", (N, C, H, W), float32 in
-                [0, 1], which times 255 or 65535 is the input outside the mask. Pictures of several sizes come as a list.
+            output_type: "pil", Pillow pictures of the input's mode, of 8 bits for colours that are floats; "np",
+                (N, H, W, C), or "pt", (N, C, H, W), float32 in [0, 1], which times 255 or 65535 is the input outside the mask.
+                Pictures of several sizes come as a list.
             return_dict: an `InpaintOutput`; otherwise a tuple with its images alone.
             callback_on_step_end: called as f(pipe, step, time, {"pred_original_sample": (C, H, W)}) after each step of the
-                first sample of each picture, with the picture as the model then takes it to be. What it returns is ignored.
-            sampler: "dpmpp", "ddim" or "ddpm".
+                first sample of each picture, with the picture as the model then takes it to be. A picture that takes several
+                windows takes so many times the steps, which are counted on. What it returns is ignored.
+            sampler: "dpmpp", "ddim" or "ddpm"; without, what `unveil.pipeline.default_sampler` says: "dpmpp" for DiffMAE.
+            smooth_share: patches of which a hole takes at most this share are filled smoothly in place of painted.
             context, max_scale: as in `unveil.windows.regions`.
             feather: so many pixels around each hole are painted too, and blended; 0 keeps all of them.
 
@@ -149,17 +155,23 @@ class InpaintPipeline:
             ValueError: pictures and masks do not fit, or the model was not trained for what is asked.
         """
         check_choice("InpaintPipeline", "output_type", output_type, OutputType)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; ask for at least 1.")
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        for name, number in counts.items():
+            if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+                raise ValueError(f"{name}={number!r}; give a whole number, at least 1.")
         if self.model.recipe.clip.frames != 1:
             raise ValueError(f"This {self.model.recipe.name} is a model of clips. Use unveil inpaint for them.")
         channels = self.model.recipe.clip.channels
         originals = [_original(picture, channels) for picture in _several(image)]
+        if not originals:
+            raise ValueError("image holds no picture. Give at least one.")
         masks = _several(mask_image)
         if len(masks) not in (1, len(originals)):
             raise ValueError(f"{len(masks)} masks for {len(originals)} pictures. Give one for all, or one each.")
         masks = masks * len(originals) if len(masks) == 1 else masks
         generators = _several(generator)
+        if any(not isinstance(given, torch.Generator | None) for given in generators):
+            raise ValueError(f"generator={generator!r}; give a torch.Generator, as torch.Generator().manual_seed(0).")
         if len(generators) not in (1, len(originals)):
             raise ValueError(
                 f"{len(generators)} generators for {len(originals)} pictures. Give one for all, or one each."
@@ -167,6 +179,9 @@ class InpaintPipeline:
         generators = generators * len(originals) if len(generators) == 1 else generators
         holes = [_hole(mask, o.pixels.shape[1:3]) for mask, o in zip(masks, originals, strict=True)]
         seen = [original.seen(channels) for original in originals]
+        if output_type == "pil":
+            for original in originals:
+                _as_bytes(original).to_pillow()  # which refuses what Pillow cannot hold, before any work
         made: list[Original] = []
         disagreement = []
         for original, clip, hole, drawn in zip(originals, seen, holes, generators, strict=True):
@@ -184,6 +199,7 @@ class InpaintPipeline:
                 context=context,
                 max_scale=max_scale,
                 feather=feather,
+                smooth_share=smooth_share,
                 on_step=None if callback_on_step_end is None else self._telling(callback_on_step_end),
             )
             made += [original.painted(sample, painted.hole) for sample in painted.samples]
@@ -196,9 +212,16 @@ class InpaintPipeline:
         return lambda t, made: callback(self, next(steps), t, {"pred_original_sample": made()[:, 0]})
 
 
+def _as_bytes(original: Original) -> Original:
+    """Colours that are floats, for which Pillow has no mode, in 8 bits: those that were 8 bits over 255 are so again."""
+    if original.pixels.dtype != np.float32 or original.pixels.shape[-1] == 1:
+        return original
+    return dataclasses.replace(original, pixels=np.rint(original.pixels * 255).astype(np.uint8))
+
+
 def _as(made: list[Original], output_type: OutputType) -> Any:
     if output_type == "pil":
-        return [original.to_pillow() for original in made]
+        return [_as_bytes(original).to_pillow() for original in made]
     arrays = [original.pixels[0].astype(np.float32) / original.top for original in made]
     if output_type == "pt":
         tensors = [torch.from_numpy(array).movedim(-1, 0) for array in arrays]

@@ -305,9 +305,9 @@ def repaint(run: Run, asked: Repainting, name: str, folder: Path, tell: Tell) ->
             f"{num_samples} samples of {W:,} x {H:,} pixels need more memory than the page gives. "
             + (f"Ask for {most} or fewer, or make the picture smaller." if most > 0 else "Make the picture smaller.")
         )
-    whole = False
+    seen = None
     if isinstance(asked.hole, str):
-        hole, whole = named_hole(model.recipe.clip, asked.hole, 0, seed, (T, H, W))
+        hole, seen = named_hole(model.recipe.clip, asked.hole, 0, seed, (T, H, W))
     elif asked.hole.shape == (H, W):
         hole = asked.hole[None]
     else:
@@ -329,7 +329,7 @@ def repaint(run: Run, asked: Repainting, name: str, folder: Path, tell: Tell) ->
         num_samples=num_samples,
         seed=seed,
         sampler=sampler,
-        whole=whole,
+        seen=seen,
         on_step=_Steps(num_steps, float(model.schedule.end) if resampled and model.schedule else None, tell),
     )
     tell(View("Writing the pictures"))

@@ -15,7 +15,7 @@ from unveil import draws
 from unveil.config import Clip
 from unveil.holes import named_holes, parse_named, strokes
 from unveil.model import MaskedDiffusionAutoencoder
-from unveil.pipeline import Sampler, Step, predict, repaint
+from unveil.pipeline import SMOOTH_SHARE, Sampler, Step, default_sampler, predict, repaint
 from unveil.windows import Region, next_window, regions
 
 FAR_APART = 0.3  # a disagreement, in units of the range, that is shown as the brightest
@@ -37,7 +37,10 @@ class Painted:
 
     def disagreement(self) -> Tensor:
         """How far the samples lie apart: their standard deviation as a mean over channels, (T, H, W); 0 of one sample."""
-        return self.samples.std(0, unbiased=len(self.samples) > 1).mean(0)
+        apart = torch.zeros(self.hole.shape)
+        if len(self.samples) > 1 and self.hole.any():
+            apart[self.hole] = self.samples[:, :, self.hole].std(0).mean(0)
+        return apart
 
 
 def _bicubic(values: Tensor, height: int, width: int) -> Tensor:
@@ -67,18 +70,20 @@ def shrink_around(clips: Tensor, hole: Tensor, height: int, width: int) -> Tenso
     return torch.where(weight > 0.4, _bicubic(clips * known, height, width) / weight.clamp(min=0.4), 0.5).clamp(0, 1)
 
 
-def named_hole(clip: Clip, mask: str, index: int, seed: int, shape: tuple[int, int, int]) -> tuple[Tensor, bool]:
-    """A hole by name, (T, H, W), of a picture of any size; and whether its patches are those of a model of clips like
-    `clip`, so that the picture is to be brought whole to that size.
+def named_hole(
+    clip: Clip, mask: str, index: int, seed: int, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """A hole by name, (T, H, W), of a picture of any size; and if its patches are those of a model of clips like `clip`, the
+    hole at that size, for `paint`'s seen.
 
     Raises:
         ValueError: as `unveil.holes.parse_named`.
     """
     name, share = parse_named(mask)
     if name == "irregular":  # of the picture's own pixels
-        return strokes(*shape[1:], share, draws.generator(seed, index, "evaluation mask")).expand(shape), False
-    ours = named_holes(clip, mask, [index], seed).float()
-    return F.interpolate(ours, shape[1:], mode="nearest")[0].bool(), True
+        return strokes(*shape[1:], share, draws.generator(seed, index, "evaluation mask")).expand(shape), None
+    ours = named_holes(clip, mask, [index], seed)
+    return F.interpolate(ours.float(), shape[1:], mode="nearest")[0].bool(), ours[0]
 
 
 def feather_weights(hole: Tensor, width: int) -> Tensor:
@@ -144,6 +149,7 @@ class _Brush:
     model: MaskedDiffusionAutoencoder
     num_steps: int
     sampler: Sampler
+    smooth_share: float
     seed: int
     index: int
     numbers: "itertools.count[int]" = dataclasses.field(default_factory=itertools.count)
@@ -177,11 +183,12 @@ class _Brush:
             num_steps=self.num_steps,
             sampler=self.sampler,
             num_samples=len(samples) if together else 1,
+            smooth_share=self.smooth_share,
             seed=seed,
             indices=[self.index] if together else range(len(samples)),
             on_step=None if on_made is None else watch,
         )
-        mean = predict(self.model, last, holes, seed=seed, indices=[self.index])
+        mean = predict(self.model, last, holes, smooth_share=self.smooth_share, seed=seed, indices=[self.index])
         return torch.cat([painted.flatten(0, 1), mean]).cpu()
 
 
@@ -191,11 +198,12 @@ def paint(
     hole: Tensor,
     *,
     num_steps: int,
-    sampler: Sampler = "dpmpp",
+    sampler: Sampler | None = None,
     num_samples: int = 1,
     seed: int = 0,
     index: int = 0,
-    whole: bool = False,
+    seen: Tensor | None = None,
+    smooth_share: float = SMOOTH_SHARE,
     context: float = 0.5,
     max_scale: float = 4.0,
     feather: int = 0,
@@ -206,9 +214,12 @@ def paint(
     Args:
         clip: (C, T, H, W) in [0, 1]; T is the model's. What lies under the hole is never read.
         hole: (T, H, W) bool, True = repaint.
+        sampler: `unveil.pipeline.default_sampler`'s if none is given.
         num_samples: different answers.
         seed, index: the noise depends on (seed, index, sample) and, after the first window, the window's number alone.
-        whole: bring all of the picture to the model's size, whatever its shape, in place of windows around the holes.
+        seen: bring all of the picture to the model's size, whatever its shape, in place of windows around the holes, and hide
+            this there, (T, h, w).
+        smooth_share: as of `unveil.pipeline.repaint`.
         context, max_scale: as in `unveil.windows.regions`.
         feather: paint so many pixels around the hole too, and blend them into the picture, more and more of it further out.
         on_step: called at each step of the first sample with the time, and a function that gives the picture (C, T, H, W) as it
@@ -224,28 +235,38 @@ def paint(
         raise ValueError(f"context={context:g} must be at least 0, and max_scale={max_scale:g} at least 1.")
     if feather < 0:
         raise ValueError(f"feather={feather} pixels around the hole cannot be blended. Give 0 or more.")
+    known = not hole.all()
     weights = feather_weights(hole, feather)
     hole = weights > 0
     sizes = model.recipe.clip
     size = sizes.height, sizes.width
     H, W = clip.shape[-2:]
-    if whole:
+    if seen is not None:
         parts = [Region(0, 0, H, W, *size)] if hole.any() else []
     else:
         parts = regions(hole.any(0).numpy(), size, context, max_scale)
     canvas = _Canvas(clip, hole, num_samples)
-    brush = _Brush(model, num_steps, sampler, seed, index)
+    brush = _Brush(model, num_steps, sampler or default_sampler(model), smooth_share, seed, index)
     for region in parts:
         clips, left = canvas.take(region)
+        if seen is not None and feather == 0:  # what brings the hole to this size again may add pixels at its edges
+            left = seen.clone()
         if left.all() and canvas.is_known(region):  # what is known is too fine to be seen from afar
             height, width = region.bottom - region.top, region.right - region.left
             region = dataclasses.replace(region, height=max(size[0], height), width=max(size[1], width))
             clips, left = canvas.take(region)
         while (window := next_window(left.any(0).numpy(), size)) is not None:
+            if known and left[(..., *window)].all() and "generate" not in model.can:
+                raise ValueError(
+                    f"With context={context:g} and feather={feather} the model would see nothing but the hole. Give more "
+                    "context, or feather less."
+                )
             view = (..., *window)
             on_made = None if on_step is None else canvas.watched(region, clips, view, on_step)
             clips[view] = brush.paint(clips[view], left[view], on_made)
             left[view] = False
         canvas.put(region, clips)
-    shown = torch.where(weights < 1, torch.lerp(clip, canvas.clips, weights), canvas.clips)
+    shown = canvas.clips
+    if feather:
+        shown = torch.where(weights < 1, torch.lerp(clip, shown, weights), shown)
     return Painted(shown[:-1], shown[-1], hole)

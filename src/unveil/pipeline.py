@@ -1,6 +1,5 @@
 """Repainting and generating: clips and a mask in, or classes, and clips out; for the command line and every evaluation."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from unveil import draws
 from unveil.config import Predict, check_choice
-from unveil.holes import from_nearest, painted_last
+from unveil.holes import filled_smoothly, hardly_touched
 from unveil.masking import Mask, gather, group_rows, scatter, tokens_touched
 from unveil.model import AnyModel, Guidance, MaskedDiffusionAutoencoder
 from unveil.sampling import Denoise, OnStep, by_scheduler, ddim, ddpm, dpmpp_2m
@@ -18,6 +17,9 @@ from unveil.tokens import patchify
 
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 NUM_RESAMPLES = 10  # RePaint's (arXiv 2201.09865), for models that can be told of known pixels by replacement only
+SMOOTH_SHARE = (
+    0.5  # of a patch; painting those of which so little is missing was worse than smooth filling (results/LOG.md)
+)
 ROWS_AT_ONCE = 64  # samples of the same clips go through the decoder together, but a large batch is no faster for it
 
 
@@ -149,6 +151,12 @@ def _watch(
     return lambda t, x_t, x0: on_step(Step(t, rows, samples, x0, lambda: filled(x0)))
 
 
+def _smoothed(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The clips with that part of their holes filled which is not worth hiding its tokens, and the rest of the holes."""
+    part = hardly_touched(holes, model.recipe.clip, share)
+    return (filled_smoothly(clips, holes, part), holes & ~part) if part.any() else (clips, holes)
+
+
 @torch.inference_mode()
 def repaint(
     model: MaskedDiffusionAutoencoder,
@@ -160,6 +168,7 @@ def repaint(
     num_samples: int = 1,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    smooth_share: float = SMOOTH_SHARE,
     reimpose_known: bool = True,
     num_resamples: int = NUM_RESAMPLES,
     jump_length: int = 1,
@@ -167,20 +176,22 @@ def repaint(
 ) -> Tensor:
     """Fill the holes of clips by conditional diffusion.
 
-    DiffMAE's encoder sees the visible tokens and runs once for each clip. Tokens of which a hole takes little are seen first,
-    filled by their nearest pixels, and painted in a second pass (`unveil.holes.painted_last`). A model whose encoder sees the
-    noise (DiT, UMD) is told of all known pixels by replacement at every step, which is biased; so with "ddpm" each of its
-    steps is done ten times over, as RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
+    DiffMAE's encoder sees the visible tokens and runs once for each clip. A model whose encoder sees the noise (DiT, UMD) is
+    told of all known pixels by replacement at every step, which is biased; so with "ddpm" each of its steps is done ten times
+    over, as RePaint does. A model without noise (MAE) has one prediction only, whatever the steps.
 
     Args:
         clips: (B, C, T, H, W), in [0, 1] unless they are unbounded. What lies under a hole is never read.
         holes: (B, T, H, W) bool, True = repaint. A token is hidden if any of its pixels is.
         num_samples: different answers for each hole.
         seed, indices: noise of clip i and sample s depends on (seed, indices[i], s) alone; indices are 0, 1, ... if not given.
+        smooth_share: tokens of which a hole takes at most this share are not painted but seen, their part of it filled smoothly
+            from the pixels around (`unveil.holes.hardly_touched`); 0 paints every token that a hole touches, if others are left
+            to go by. Not for DiT and UMD, which go by pixels.
         reimpose_known: tell the sampler the known pixels inside hidden tokens at every step.
         num_resamples, jump_length: of RePaint, as in `ddpm`, for models whose encoder sees the noise.
         on_step: told each step; clips with other numbers of hidden tokens take theirs one after another, and samples that are
-            too many to be painted together. A second pass follows after all of the first.
+            too many to be painted together.
 
     Returns:
         (B, num_samples, C, T, H, W); pixels outside the holes equal the input bit for bit.
@@ -193,98 +204,51 @@ def repaint(
         raise ValueError(f"num_samples={num_samples}; ask for at least 1.")
     _check(model, clips, holes)
     if model.schedule is None:
-        return predict(model, clips, holes)[:, None].repeat(1, num_samples, 1, 1, 1, 1)
-    indices = list(range(len(clips)) if indices is None else indices)
-    told = model.recipe.noise_on == "visible"  # of every known pixel, so that it may as well do all at once
-    last = torch.zeros_like(holes) if told else painted_last(holes, model.recipe.clip)
-    brush = _Brush(model, num_steps, sampler, seed, reimpose_known or told, num_resamples, jump_length)
-    result = brush.paint(_filled_first(clips, holes, last), holes & ~last, indices, num_samples, on_step)
-    # what a sample painted so far is its own, so from here on each is a clip by itself
-    left = last.flatten(1).any(1).nonzero().flatten().repeat_interleave(num_samples)
-    each = torch.arange(num_samples).repeat(len(left) // num_samples)
-    for begin in range(0, len(left), ROWS_AT_ONCE):
-        rows, samples = left[begin : begin + ROWS_AT_ONCE], each[begin : begin + ROWS_AT_ONCE]
-        own = [draws.key(indices[i], s, "painted last") for i, s in zip(rows.tolist(), samples.tolist(), strict=True)]
-        tell = None if on_step is None else _as_samples(on_step, rows, samples)
-        result[rows, samples] = brush.paint(result[rows, samples], last[rows], own, 1, tell)[:, 0]
+        return predict(model, clips, holes, smooth_share=smooth_share)[:, None].repeat(1, num_samples, 1, 1, 1, 1)
+    told = model.recipe.noise_on == "visible"  # of every known pixel, so that none need be hidden with a hole
+    if not told:
+        clips, holes = _smoothed(model, clips, holes, smooth_share)
+    x0, hole_values, hidden = _holes_in_tokens(model, clips, holes)
+    if told:  # it has noise everywhere, and known is whatever is no hole
+        hidden = hidden.any(1, keepdim=True).expand_as(hidden)
+    times = model.schedule.times(num_steps)
+    result = clips[:, None].repeat(1, num_samples, 1, 1, 1, 1)
+    # those with known values in hidden tokens draw more noise, so they go apart: a clip must not depend on its company
+    partly = (hidden[..., None] & ~hole_values).flatten(1).any(1).cpu()
+    kinds = (partly.nonzero().flatten(), (~partly).nonzero().flatten())
+    groups = [(kind[rows], mask) for kind in kinds for rows, mask in group_rows(hidden.cpu()[kind])]
+    for rows, mask in groups:
+        if mask.hidden.shape[1] == 0:
+            continue
+        rows, mask = rows.to(clips.device), mask.to(clips.device)
+        known = ~gather(hole_values[rows], mask.hidden)
+        known = known if known.any() and (reimpose_known or told) else None
+        noise = RowNoise(seed, [i if indices is None else indices[i] for i in rows.tolist()])
+        denoise = model.denoiser(x0[rows], mask, known, noise)
+        again = num_resamples if told and known is not None else 1
+        start = gather(x0[rows], mask.hidden)
+        for samples in torch.arange(num_samples).split(max(1, ROWS_AT_ONCE // len(rows))):
+            which = rows.repeat_interleave(len(samples))
+            noise.begin(samples.tolist())
+
+            def filled(tokens: Tensor, which: Tensor = which, mask: Mask = mask, times: int = len(samples)) -> Tensor:
+                hidden = mask.hidden.repeat_interleave(times, 0)
+                pixels = model.clips(scatter(x0[which], hidden, tokens))
+                return torch.where(holes[which][:, None], pixels, clips[which])
+
+            painted = _sample(
+                denoise,
+                noise(start.repeat_interleave(len(samples), 0)),
+                model,
+                sampler,
+                times,
+                noise,
+                num_resamples=again,
+                jump_length=jump_length,
+                on_step=_watch(on_step, which, samples.repeat(len(rows)), filled),
+            )
+            result[rows[:, None], samples.to(rows)] = filled(painted).unflatten(0, (len(rows), len(samples)))
     return result
-
-
-def _filled_first(clips: Tensor, holes: Tensor, last: Tensor) -> Tensor:
-    """Clips as they are seen while the holes without their last part are painted."""
-    return torch.where(last[:, None], from_nearest(clips, holes), clips) if last.any() else clips
-
-
-def _as_samples(on_step: Callable[[Step], None], rows: Tensor, samples: Tensor) -> Callable[[Step], None]:
-    """What tells of clips that are these samples of these rows as such."""
-    return lambda step: on_step(dataclasses.replace(step, rows=rows[step.rows], samples=samples[step.rows.cpu()]))
-
-
-@dataclass(frozen=True)
-class _Brush:
-    """Paints all of the tokens that holes touch in one pass; words as of `repaint`."""
-
-    model: MaskedDiffusionAutoencoder
-    num_steps: int
-    sampler: Sampler
-    seed: int
-    reimpose_known: bool
-    num_resamples: int
-    jump_length: int
-
-    def paint(
-        self,
-        clips: Tensor,
-        holes: Tensor,
-        indices: Sequence[int],
-        num_samples: int,
-        on_step: Callable[[Step], None] | None,
-    ) -> Tensor:
-        model = self.model
-        assert model.schedule is not None
-        x0, hole_values, hidden = _holes_in_tokens(model, clips, holes)
-        told = model.recipe.noise_on == "visible"
-        if told:  # it has noise everywhere, and known is whatever is no hole
-            hidden = hidden.any(1, keepdim=True).expand_as(hidden)
-        times = model.schedule.times(self.num_steps)
-        result = clips[:, None].repeat(1, num_samples, 1, 1, 1, 1)
-        # those with known values in hidden tokens draw more noise, so they go apart: a clip must not depend on its company
-        partly = (hidden[..., None] & ~hole_values).flatten(1).any(1).cpu()
-        kinds = (partly.nonzero().flatten(), (~partly).nonzero().flatten())
-        groups = [(kind[rows], mask) for kind in kinds for rows, mask in group_rows(hidden.cpu()[kind])]
-        for rows, mask in groups:
-            if mask.hidden.shape[1] == 0:
-                continue
-            rows, mask = rows.to(clips.device), mask.to(clips.device)
-            known = ~gather(hole_values[rows], mask.hidden)
-            known = known if known.any() and self.reimpose_known else None
-            noise = RowNoise(self.seed, [indices[i] for i in rows.tolist()])
-            denoise = model.denoiser(x0[rows], mask, known, noise)
-            start = gather(x0[rows], mask.hidden)
-            for samples in torch.arange(num_samples).split(max(1, ROWS_AT_ONCE // len(rows))):
-                which = rows.repeat_interleave(len(samples))
-                noise.begin(samples.tolist())
-
-                def filled(
-                    tokens: Tensor, which: Tensor = which, mask: Mask = mask, each: int = len(samples)
-                ) -> Tensor:
-                    hidden = mask.hidden.repeat_interleave(each, 0)
-                    pixels = model.clips(scatter(x0[which], hidden, tokens))
-                    return torch.where(holes[which][:, None], pixels, clips[which])
-
-                painted = _sample(
-                    denoise,
-                    noise(start.repeat_interleave(len(samples), 0)),
-                    model,
-                    self.sampler,
-                    times,
-                    noise,
-                    num_resamples=self.num_resamples if told and known is not None else 1,
-                    jump_length=self.jump_length,
-                    on_step=_watch(on_step, which, samples.repeat(len(rows)), filled),
-                )
-                result[rows[:, None], samples.to(rows)] = filled(painted).unflatten(0, (len(rows), len(samples)))
-        return result
 
 
 @torch.inference_mode()
@@ -293,38 +257,29 @@ def predict(
     clips: Tensor,
     holes: Tensor,
     *,
+    smooth_share: float = SMOOTH_SHARE,
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Tensor:
     """The single prediction from the visible tokens, (B, C, T, H, W): a mean, so blurry, and the best in decibels.
 
     Of a model with a clean branch it is that branch's, if anything is visible; otherwise the prediction at the last time,
-    from noise alone, to which seed and indices belong as in `repaint`. Both paint in two passes, as `repaint` does.
+    from noise alone, to which seed and indices belong as in `repaint`, as does smooth_share.
     """
+    once: Any = {"num_steps": 1, "sampler": "ddim", "seed": seed}
     if not model.recipe.reconstructs:
-        return repaint(model, clips, holes, num_steps=1, sampler="ddim", seed=seed, indices=indices)[:, 0]
+        return repaint(model, clips, holes, smooth_share=smooth_share, indices=indices, **once)[:, 0]
     _check(model, clips, holes)
-    indices = list(range(len(clips)) if indices is None else indices)
-    last = painted_last(holes, model.recipe.clip)
-    result = _predict(model, _filled_first(clips, holes, last), holes & ~last, seed, indices)
-    return _predict(model, result, last, seed, indices) if last.any() else result
-
-
-def _predict(
-    model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, seed: int, indices: Sequence[int]
-) -> Tensor:
-    """What the clean branch predicts in one pass."""
+    clips, holes = _smoothed(model, clips, holes, smooth_share)
     x0, _, hidden = _holes_in_tokens(model, clips, holes)
     result = clips.clone()
     for rows, mask in group_rows(hidden.cpu()):
         if mask.hidden.shape[1] == 0:
             continue
         if mask.visible.shape[1] == 0:  # which the clean branch never saw
-            mine = [indices[i] for i in rows.tolist()]
+            mine = [i if indices is None else indices[i] for i in rows.tolist()]
             rows = rows.to(clips.device)
-            result[rows] = repaint(
-                model, clips[rows], holes[rows], num_steps=1, sampler="ddim", seed=seed, indices=mine
-            )[:, 0]
+            result[rows] = repaint(model, clips[rows], holes[rows], indices=mine, **once)[:, 0]
             continue
         rows, mask = rows.to(clips.device), mask.to(clips.device)
         painted = model.reconstruct(x0[rows], mask)

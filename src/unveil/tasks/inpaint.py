@@ -1,5 +1,6 @@
 """Repainting pictures: files and masks in, files out."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, read_original, save_pixels, stem_of
 from unveil.painting import FAR_APART, Painted, named_hole, paint, resize, resize_hole
-from unveil.pipeline import Sampler, default_sampler
+from unveil.pipeline import SMOOTH_SHARE, Sampler
 from unveil.report import contact_sheet, heat, save_png, to_image
 
 CHAIN_SIDE, CHAIN_FRAMES = 320, 60  # of an animation, at most
@@ -54,6 +55,9 @@ class Inpaint(FromRun):
     """How much around a hole the model is to see on each side, in units of the hole's longer side."""
     max_scale: float = 4.0
     """How far at most a part of the picture is shrunk so that one window shows it; what needs more is painted by several."""
+    smooth_share: float = SMOOTH_SHARE
+    """Patches of which a hole takes at most this share are filled smoothly from around it, not painted, as the model paints
+    whole patches only. 0 paints all."""
     num_samples: int = 4
     """Different answers for each picture."""
     num_steps: int = 20
@@ -131,15 +135,15 @@ class _Job:
             return read_original(data, self.source.where(index))
         return Original(self.source.read(index).values.permute(0, 2, 3, 1).numpy())
 
-    def hole(self, index: int, number: int, shape: tuple[int, int, int]) -> tuple[str, Tensor]:
-        """The name of a mask of a picture of this shape, and its hole (T, H, W).
+    def hole(self, index: int, number: int, shape: tuple[int, int, int]) -> tuple[str, Tensor, Tensor | None]:
+        """The name of a mask of a picture of this shape, its hole (T, H, W), and `paint`'s seen.
 
         Raises:
             ValueError: they do not fit.
         """
         options, masks, where = self.options, self.masks, self.source.where(index)
         if masks is None:
-            return options.mask, named_hole(self.model.recipe.clip, options.mask, index, options.seed, shape)[0]
+            return options.mask, *named_hole(self.model.recipe.clip, options.mask, index, options.seed, shape)
         mask = masks
         if isinstance(masks, MaskFolder):
             mask = masks.read(number if options.each_mask else masks.number_for(index, where))
@@ -154,20 +158,23 @@ class _Job:
             hole = resize_hole(hole, *shape[1:])
         if hole.all() and "generate" not in self.model.can:
             raise ValueError(f"The mask {mask.name} hides all of {where}, and nothing is left to go by.")
-        return mask.name, hole.expand(shape)
+        return mask.name, hole.expand(shape), None
 
-    def paint(self, index: int, clip: Tensor, hole: Tensor, num_samples: int, chain: _Chain | None) -> Painted:
+    def paint(
+        self, index: int, clip: Tensor, hole: Tensor, seen: Tensor | None, num_samples: int, chain: _Chain | None
+    ) -> Painted:
         options = self.options
         return paint(
             self.model,
             clip,
             hole,
             num_steps=options.num_steps,
-            sampler=options.sampler or default_sampler(self.model),
+            sampler=options.sampler,
             num_samples=num_samples,
             seed=options.seed,
             index=index,
-            whole=self.masks is None and parse_named(options.mask)[0] != "irregular",
+            seen=seen,
+            smooth_share=options.smooth_share,
             context=options.context,
             max_scale=options.max_scale,
             feather=options.feather,
@@ -182,8 +189,13 @@ def _opened(options: Inpaint) -> _Job:
     name = options.images.partition(":")[0]
     exact = (sizes.height, sizes.width) if name in ("moving-digits",) else (None, None)
     source: Source = open_source(options.images, sizes.channels, sizes.frames, *exact)
-    if options.limit < 1:
-        raise ValueError(f"--limit {options.limit}: ask for at least one picture.")
+    for name, number in (("limit", options.limit), ("num-samples", options.num_samples)):
+        if number < 1:
+            raise ValueError(f"--{name} {number}: ask for at least one.")
+    if not 0 <= options.smooth_share <= 1:
+        raise ValueError(f"--smooth-share {options.smooth_share}: give a share of a patch, from 0 to 1.")
+    if model.schedule is not None:
+        model.schedule.times(options.num_steps)  # which refuses impossible ones
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file. Name a directory for the results.")
     for what, given in (("pictures", options.images), ("masks", options.mask)):
@@ -192,7 +204,15 @@ def _opened(options: Inpaint) -> _Job:
             raise ValueError(
                 f"--out {options.out} lies in the folder of {what}, and would be read as one of them. Choose another."
             )
-    return _Job(options, source, model)
+    job = _Job(options, source, model)
+    for given in (Path(options.images).expanduser(), Path(options.mask).expanduser()):
+        inside = given.is_file() and given.resolve().parent == options.out.resolve()
+        if inside and re.search(r"^sheet\.png$|_(masked|prediction|disagreement|chain|sample\d+)\.\w+$", given.name):
+            raise ValueError(
+                f"{given} lies in --out {options.out} with a name as results have, and might be overwritten. Choose another."
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    return job
 
 
 def _saved(
@@ -250,7 +270,7 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
             notices.append(f"Skipped {where}: {error}")
             continue
         try:
-            mask, hole = job.hole(index, number, (clip.shape[1], clip.shape[2], clip.shape[3]))
+            mask, hole, seen = job.hole(index, number, (clip.shape[1], clip.shape[2], clip.shape[3]))
         except ValueError as error:
             if alone:
                 raise
@@ -266,7 +286,13 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
                 "add --keep-white."
             )
         chain = _Chain() if options.animate else None
-        painted = job.paint(index, clip, hole, num_samples, chain)
+        try:
+            painted = job.paint(index, clip, hole, seen, num_samples, chain)
+        except ValueError as error:
+            if alone:
+                raise
+            notices.append(f"Skipped {where}: {error}")
+            continue
         name = Path(where).with_suffix("").as_posix()
         stem = stem_of(f"{name}_{mask}.png" if options.each_mask else where, stems)
         views, files = _saved(options.out, stem, original, clip, hole, painted, chain)
