@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from small import generator, pillow_picture
 
 from unveil.decoding import BadPicture
-from unveil.originals import Original, read_original, save_pixels
+from unveil.originals import Original, hole_of, read_original, save_pixels
 
 SIZE = (11, 7)
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "F", "CMYK"]
@@ -116,6 +116,24 @@ def test_transparent_pixels_are_seen_as_white_and_keep_their_colours(tmp_path: P
     after = read_back(original.painted(torch.zeros(3, 1, *SIZE), hole).save(tmp_path / "out.png"))
     assert after[0, 0].tolist() == [0, 0, 0, 255]
     assert (after.reshape(-1, 4)[1:] == [60, 60, 60, 0]).all()
+
+
+@pytest.mark.parametrize("colour", [0, 255, 90])
+def test_a_mask_of_one_colour_is_read_by_its_alpha(colour: int) -> None:
+    drawn = np.zeros((6, 8), dtype=bool)
+    drawn[2:4, 3:] = True
+    values = np.full((6, 8, 4), colour, dtype=np.uint8)
+    values[..., 3] = drawn * 200
+    image = Image.fromarray(values)
+    for mask in (image, image.convert("LA")):
+        assert np.array_equal(hole_of(mask, "it"), drawn)
+    opaque = Image.fromarray(values[..., :3])
+    if colour != 90:
+        assert (hole_of(opaque, "it") == bool(colour)).all()
+    values[0, 0, :3] = 255 - colour  # of several colours it is these that count
+    if colour != 90:
+        assert hole_of(Image.fromarray(values), "it")[0, 0] == (colour == 0)
+        assert (hole_of(Image.fromarray(values), "it")[1:] == bool(colour)).all()
 
 
 def test_the_colour_profile_is_kept(tmp_path: Path) -> None:

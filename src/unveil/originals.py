@@ -203,7 +203,9 @@ def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
 
 
 def hole_of(mask: Image.Image, name: str) -> np.ndarray:
-    """A mask picture as (H, W) bool: at least half white is True.
+    """A mask picture as (H, W) bool: at least half white is True; of a picture of one colour, at least half opaque.
+
+    Transparency is passed over in a picture of several colours.
 
     Args:
         name: what to call it in a message.
@@ -211,7 +213,7 @@ def hole_of(mask: Image.Image, name: str) -> np.ndarray:
     Raises:
         ValueError: it has something that is not black, and nothing that is white.
     """
-    values = deep_values(mask, name) if is_deep(mask) else np.array(mask.convert("L")) / np.float32(255)
+    values = deep_values(mask, name) if is_deep(mask) else _eight_bits(mask) / np.float32(255)
     if 0 < values.max() < 0.5:
         raise ValueError(
             f"{name} has no white: its brightest value is {255 * values.max():.3g} of 255. White is repainted."
@@ -244,6 +246,34 @@ def _read_deep(data: bytes, where: str) -> Original:
     if turn is not None:
         values = turn(values)
     code = cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB
+def _eight_bits(mask: Image.Image) -> np.ndarray:
+    """How white a mask picture is, or how opaque if that is all that tells its pixels apart, (H, W) uint8."""
+    if mask.has_transparency_data:
+        *colours, opaque = mask.convert("RGBA").split()
+        if not any(map(_varies, colours)) and _varies(opaque):
+            return np.array(opaque)
+    return np.array(mask.convert("L"))
+
+
+def _varies(band: Image.Image) -> bool:
+    low, high = band.getextrema()
+    return low != high
+
+
+def read_hole(data: bytes, where: str, name: str) -> np.ndarray:
+    """`hole_of` of a mask picture from the bytes of its file, opened and turned as a picture is.
+
+    Raises:
+        BadPicture: it cannot be read.
+        ValueError: as `hole_of`.
+    """
+    with telling(where):
+        image, _ = open_image(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+    return hole_of(image, name)
+
+
     values = cv2.cvtColor(np.ascontiguousarray(values), code)
     notes = ("its colour profile is not kept",) if image.info.get("icc_profile") else ()
     return Original(values[None], values.shape[2] == 4, None, notes)
