@@ -14,7 +14,7 @@ from unveil.checkpoint import load_model, pick_device
 from unveil.config import check_choice
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, from_pillow, hole_of
-from unveil.painting import paint
+from unveil.painting import feather_weights, paint
 from unveil.pipeline import Sampler
 
 OutputType = Literal["pil", "np", "pt"]
@@ -186,7 +186,8 @@ class InpaintPipeline:
                 feather=feather,
                 on_step=None if callback_on_step_end is None else self._telling(callback_on_step_end),
             )
-            made += [original.painted(sample, painted.hole) for sample in painted.samples]
+            weights = feather_weights(hole, feather) if feather else None
+            made += [original.painted(sample, painted.hole, weights) for sample in painted.samples]
             disagreement.append(painted.disagreement()[0].numpy())
         images = _as(made, output_type)
         return InpaintOutput(images, disagreement) if return_dict else (images,)

@@ -14,7 +14,7 @@ from unveil.holes import NAMED_HOLES, masked_view, parse_named
 from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, read_original, save_pixels, stem_of
-from unveil.painting import FAR_APART, Painted, named_hole, paint, resize, resize_hole
+from unveil.painting import FAR_APART, Painted, feather_weights, named_hole, paint, resize, resize_hole
 from unveil.pipeline import Sampler, default_sampler
 from unveil.report import contact_sheet, heat, save_png, to_image
 
@@ -196,14 +196,17 @@ def _opened(options: Inpaint) -> _Job:
 
 
 def _saved(
-    out: Path, stem: str, original: Original, clip: Tensor, hole: Tensor, painted: Painted, chain: _Chain | None
+    options: Inpaint, stem: str, original: Original, clip: Tensor, hole: Tensor, painted: Painted, chain: _Chain | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Write one picture's files; what is to be seen of them, and their paths, by what they are."""
+    out, weights = options.out, feather_weights(hole, options.feather) if options.feather else None
     views = {"masked": masked_view(clip[None], hole[None])[0], "prediction": painted.prediction}
     views |= {f"sample{s + 1}": sample for s, sample in enumerate(painted.samples)}
     files = {
         label: str(
-            original.painted(view, hole if label == "masked" else painted.hole).save(out / f"{stem}_{label}.png")
+            original.painted(view, hole if label == "masked" else painted.hole, weights).save(
+                out / f"{stem}_{label}.png"
+            )
         )
         for label, view in views.items()
     }
@@ -269,7 +272,7 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
         painted = job.paint(index, clip, hole, num_samples, chain)
         name = Path(where).with_suffix("").as_posix()
         stem = stem_of(f"{name}_{mask}.png" if options.each_mask else where, stems)
-        views, files = _saved(options.out, stem, original, clip, hole, painted, chain)
+        views, files = _saved(options, stem, original, clip, hole, painted, chain)
         pictures.append({"picture": where, "mask": mask, "files": files})
         for label, view in {"picture": clip, **views}.items():
             rows.setdefault(label, []).append(_in_sheet(view, max(96, sizes.height, sizes.width)))
