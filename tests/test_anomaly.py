@@ -1,5 +1,6 @@
 """`unveil anomaly`: what a model would not paint is told from what it would, and figures are those of scikit-learn."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,18 @@ def test_every_token_is_hidden_about_equally_often(num_masks: int, mask_ratio: f
     assert not torch.equal(holes, ensemble_holes(CLIP, num_masks, mask_ratio, seed=1))
 
 
-@pytest.mark.parametrize("num_masks, mask_ratio", [(1, 0.75), (3, 0.25), (8, 0.0), (8, 1.0)])
+@pytest.mark.parametrize(
+    "num_masks, mask_ratio",
+    [
+        (1, 0.75),
+        (3, 0.25),
+        (8, 0.0),
+        (8, 1.0),
+        (0, 0.5),
+        (-1, 0.5),
+        *((8, r) for r in (-1.0, math.inf, -math.inf, math.nan)),
+    ],
+)
 def test_masks_that_leave_tokens_out_refuse(num_masks: int, mask_ratio: float) -> None:
     with pytest.raises(ValueError, match="do not hide each of 16 patches once"):
         ensemble_holes(CLIP, num_masks, mask_ratio, seed=0)
@@ -95,6 +107,17 @@ def test_surprise_is_in_deviations_between_the_samples(monkeypatch: pytest.Monke
     found = surprise(build(small()), clip, holes, num_samples=2, num_steps=1)
     assert torch.allclose(found[..., :8], torch.tensor(1.5))
     assert torch.allclose(found[..., 8:], torch.tensor(2.25))
+
+
+def test_disagreement_is_a_mean_over_the_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that lie apart in one of three colours: 0.3^2 / (2 * 0.3^2 / 3 + 0.2^2)."""
+    samples = torch.full((1, 2, 3, 1, 16, 16), 0.5)
+    samples[:, 0, 1] += 0.3
+    samples[:, 1, 1] -= 0.3
+    monkeypatch.setattr(anomalies, "repaint", lambda model, clips, holes, **given: samples)
+    holes = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    found = surprise(build(small()), torch.full((3, 1, 16, 16), 0.8), holes, num_samples=2, num_steps=1)
+    torch.testing.assert_close(found, torch.full_like(found, 0.9))
 
 
 def test_only_what_is_hidden_counts(grey_painter: None) -> None:
@@ -182,18 +205,54 @@ def test_a_plain_folder_has_scores_only(run: Path, mvtec: Path, tmp_path: Path, 
     "wrong, message",
     [
         ({"num_samples": 0}, "--num-samples 0: ask for at least 1"),
+        ({"num_samples": 1, "num_steps": 0}, "--num-steps 0: ask for at least 1"),
+        ({"num_samples": 1, "num_steps": 1001}, "Use 1 to 1000 steps"),
+        ({"limit": 0}, "--limit 0: ask for at least 1"),
+        ({"limit_normal": 1}, "--limit-normal 1: ask for at least 2"),
         ({"num_masks": 1}, "do not hide each of 16 patches once"),
+        ({"num_masks": 0}, "do not hide each of 16 patches once"),
+        *(({"mask_ratio": r}, "--mask-ratio .* is no share") for r in (math.inf, -math.inf, math.nan, 0.0, 1.0, -0.5)),
+        ({"out": "one/a.png/x"}, "--out .*: no file can be written there"),
+        ({"out": "one/a.png"}, "is a file"),
+        ({"normal": "two", "out": "two"}, "lies in the folder of normal pictures"),
+        ({"normal": "two", "out": "two/x"}, "lies in the folder of normal pictures"),
+        ({"data": "two/sheet.png", "out": "two"}, "--out .*two: its sheet.png is read here, and would be overwritten"),
+        ({"normal": "two/scores.csv", "out": "two"}, "--out .*two: its scores.csv is read here"),
+        ({"data": "two/list.csv", "out": "two"}, "--out .*two: its b_heat.png is read here"),
+        ({"data": "two/scores.csv", "out": "two"}, "--out .*two: its scores.csv is read here"),
         ({"normal": "one"}, "has 1 normal pictures to read; two at least are needed"),
         ({"data": "lonely"}, "no test/good, whose pictures are the normal ones"),
         ({"out": "screw/out"}, "lies in the folder of pictures"),
     ],
 )
-def test_refusals(run: Path, mvtec: Path, tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+def test_refusals(
+    run: Path, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
+) -> None:
+    """Before any picture is scored, but for normal ones that are found to be too few; and nothing is changed."""
     square(tmp_path / "one" / "a.png", None)
+    for name in ("sheet", "b", "b_heat"):
+        square(tmp_path / "two" / f"{name}.png", None)
+    (tmp_path / "two" / "scores.csv").write_text("path\nb.png\n")
+    (tmp_path / "two" / "list.csv").write_text("path\nb.png\nb_heat.png\n")
     square(tmp_path / "lonely" / "test" / "dent" / "a.png", None)
     given = {"data": str(mvtec), "out": tmp_path / "out", **wrong}
     for name in ("normal", "data", "out"):
         if name in wrong:
             given[name] = tmp_path / wrong[name] if name == "out" else str(tmp_path / wrong[name])
+    if wrong != {"normal": "one"}:
+        monkeypatch.setattr(anomalies, "predict", None)
+        monkeypatch.setattr(anomalies, "repaint", None)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
         anomaly(Anomaly(run=run, **given))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_results_may_lie_beside_what_was_read(run: Path, tmp_path: Path, grey_painter: None) -> None:
+    """Where nothing of it is overwritten."""
+    path = square(tmp_path / "a.png", 4)
+    before = path.read_bytes()
+    for _ in range(2):
+        anomaly(Anomaly(run=run, data=str(path), out=tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a_heat.png", "scores.csv", "sheet.png"]
+    assert path.read_bytes() == before

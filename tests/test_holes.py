@@ -1,11 +1,17 @@
 """Holes by name, and masks from files: what is white is repainted, and which mask belongs to which picture."""
 
+import io
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 from small import build, generator, small
 
 from unveil.holes import filled_smoothly, hardly_touched, named_holes, parse_named, strokes
+from unveil.mask_files import MaskFolder, open_masks, read_mask
 from unveil.painting import feather_weights, paint
 from unveil.pipeline import default_sampler
 
@@ -178,3 +184,87 @@ def test_feathering_blends_around_the_hole_and_keeps_what_is_further_out() -> No
 def test_models_that_see_noise_everywhere_are_resampled() -> None:
     assert default_sampler(build(small())) == "dpmpp"
     assert default_sampler(build(small("dit"))) == "ddpm"
+
+
+# Masks from files
+
+
+def top_row(width: int = 4, height: int = 3) -> np.ndarray:
+    hole = np.zeros((height, width), dtype=bool)
+    hole[0] = True
+    return hole
+
+
+def masks_of(folder: Path, count: int) -> Path:
+    """Masks 0.png, 1.png, ..., of which mask i hides i + 1 pixels of the first row."""
+    folder.mkdir()
+    for i in range(count):
+        values = np.zeros((4, 6), dtype=np.uint8)
+        values[0, : i + 1] = 255
+        Image.fromarray(values).save(folder / f"{i}.png")
+    return folder
+
+
+def test_masks_are_taken_in_turn_and_begun_again(tmp_path: Path) -> None:
+    masks = open_masks(str(masks_of(tmp_path / "masks", 3)), None)
+    assert isinstance(masks, MaskFolder)
+    assert [masks.number_for(i, f"{i}.jpg") for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [int(masks.read(i).hole.sum()) for i in range(3)] == [1, 2, 3]
+
+
+def test_white_may_be_kept_by_a_folder_too(tmp_path: Path) -> None:
+    folder = str(masks_of(tmp_path / "masks", 2))
+    for keep_white in (False, True):
+        masks = open_masks(folder, None, keep_white)
+        assert isinstance(masks, MaskFolder)
+        for i in range(2):
+            alone = open_masks(f"{folder}/{i}.png", None, keep_white)
+            assert not isinstance(alone, MaskFolder)
+            assert torch.equal(masks.read(i).hole, alone.hole)
+            assert int(alone.hole.sum()) == (24 - i - 1 if keep_white else i + 1)
+
+
+@pytest.mark.parametrize(
+    "orientation, side", list(enumerate(["top", "top", "bottom", "bottom", "left", "right", "right", "left"], 1))
+)
+def test_masks_are_upright_as_pictures_are(tmp_path: Path, orientation: int, side: str) -> None:
+    """Where EXIF says the first row that is stored belongs."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "masks").mkdir()
+    path = tmp_path / "masks" / "m.png"
+    Image.fromarray(top_row()).convert("L").save(path, exif=exif)
+    expected = np.zeros((3, 4) if side in ("top", "bottom") else (4, 3), dtype=bool)
+    expected[{"top": np.s_[0], "bottom": np.s_[-1], "left": np.s_[:, 0], "right": np.s_[:, -1]}[side]] = True
+    masks = open_masks(str(tmp_path / "masks"), None)
+    assert isinstance(masks, MaskFolder)
+    for hole in (read_mask(str(path)).hole, masks.read(0).hole):
+        assert np.array_equal(hole.numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TGA", "SGI", "BMP", "PPM", "plain PPM", "EPS"])
+def test_a_damaged_mask_refuses_by_its_name(tmp_path: Path, kind: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(top_row(90, 80)).convert("L").save(stream, "PPM" if kind == "plain PPM" else kind)
+    data = stream.getvalue()
+    if kind == "plain PPM":
+        data = b"P2\n90 80\n255\n" + b"0 1 x "
+    path = tmp_path / f"mask.{kind.split()[-1].lower()}"
+    path.write_bytes(data if kind == "EPS" else data[: len(data) // 2])
+    reason = "not a picture that Pillow can read" if kind == "EPS" else r"cannot be decoded \(.+\)"
+    with pytest.raises(
+        ValueError, match=rf"^--mask '.*mask\.\w+' cannot be read as a picture \({reason}\)\.$"
+    ) as caught:
+        read_mask(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "what, reason", [("", "neither random:SHARE"), ("x", r"cannot be read as a picture \(.*directory")]
+)
+def test_a_mask_that_is_no_file_refuses(tmp_path: Path, what: str, reason: str) -> None:
+    path = tmp_path / "mask.png"
+    if what:
+        path.mkdir()
+    with pytest.raises(ValueError, match=reason):
+        read_mask(str(path))

@@ -194,6 +194,15 @@ def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callab
     assert not np.array_equal(read(first["files"]["sample1"]), read(second["files"]["sample1"]))
 
 
+def test_long_names_are_cut_off(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    for end in ("a", "b", "ä" * 20):
+        picture(tmp_path / "in" / f"{'n' * 210}{end}.png")
+    result = go(run_of(), tmp_path / "in", tmp_path / "out")
+    assert not result["notices"]
+    assert len({made["files"]["sample1"] for made in result["pictures"]}) == 3
+    assert all(Path(file).exists() for made in result["pictures"] for file in made["files"].values())
+
+
 def test_a_picture_that_cannot_be_painted_is_passed_over(tmp_path: Path, run_of: Callable[..., Path]) -> None:
     """By its name, and the others are painted; alone it is an error."""
     for name, size in (("a", 16), ("b", 1), ("c", 20)):
@@ -517,6 +526,29 @@ def test_white_may_be_what_is_kept(tmp_path: Path, run_of: Callable[..., Path]) 
     assert "add --keep-white" in other["notices"][0]
     with pytest.raises(ValueError, match="--keep-white is about mask pictures"):
         go(run_of(), source, tmp_path / "out", keep_white=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_feathered_hole_fades_into_what_is_transparent(
+    tmp_path: Path, run_of: Callable[..., Path], channels: int
+) -> None:
+    """And into colours that a grey model does not see."""
+    values = np.full((16, 40, 4), (200, 60, 20, 0), dtype=np.uint8)
+    values[8:, :, 3] = 255
+    Image.fromarray(values).save(tmp_path / "in.png")
+    hole = np.zeros((16, 40), dtype=bool)
+    hole[:, 30:] = True
+    options = {"mask": mask(tmp_path / "m.png", hole), "feather": 4}
+    files = go(run_of(channels=channels), tmp_path / "in.png", tmp_path / "out", **options)["pictures"][0]["files"]
+    for label in PAINTED:
+        after = read(files[label])
+        assert np.array_equal(after[:, :26], values[:, :26])
+        assert (after[:8, 26:31, 3] == [51, 102, 153, 204, 255]).all()
+        assert (after[8:, :, 3] == 255).all()
+        if channels == 1:  # of the 180 between red and blue there is less and less
+            apart = after[8:, 26:31, 0].astype(int) - after[8:, 26:31, 2]
+            assert (np.abs(apart - [144, 108, 72, 36, 0]) <= 1).all()
+    assert (read(files["masked"])[~hole] == values[~hole]).all()
 
 
 def test_one_mask_that_hides_everything_does_not_end_a_folders_run(

@@ -371,3 +371,11 @@ def test_a_run_is_taken_up(tmp_path: Path, model: MaskedDiffusionAutoencoder) ->
         for pipe in (InpaintPipeline(model), InpaintPipeline.from_pretrained(str(tmp_path), "cpu").to("cpu"))
     )
     assert np.array_equal(ours, theirs)
+
+
+def test_a_feathered_hole_fades_into_transparency() -> None:
+    hole = np.zeros((16, 40), dtype=bool)
+    hole[:, 30:] = True
+    pipe = InpaintPipeline(build(small()))
+    made = pipe(Image.new("RGBA", (40, 16)), hole, 2, feather=4).images[0]
+    assert (np.asarray(made)[:, 24:32, 3] == [0, 0, 51, 102, 153, 204, 255, 255]).all()

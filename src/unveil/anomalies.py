@@ -23,7 +23,7 @@ def ensemble_holes(clip: Clip, num_masks: int, mask_ratio: float, seed: int) -> 
     Raises:
         ValueError: there are too few of them to hide every token.
     """
-    hidden = round(mask_ratio * clip.num_tokens)
+    hidden = round(mask_ratio * clip.num_tokens) if 0 < mask_ratio < 1 else 0  # which refuses nan, too
     if not 0 < hidden < clip.num_tokens or num_masks * hidden < clip.num_tokens:
         raise ValueError(
             f"{num_masks} masks of {mask_ratio:.0%} do not hide each of {clip.num_tokens} patches once while others are seen. "
@@ -70,7 +70,8 @@ def surprise(
         )
         painted, variance = samples.mean(1), samples.var(1).mean(1)
     apart = (clips - painted).square().mean(1) / (variance + FLOOR**2)
-    apart = ((apart * holes).sum(0) / holes.sum(0)).cpu().numpy()
+    # what is visible is as it was, and adds nothing
+    apart = (apart.sum(0) / holes.sum(0)).cpu().numpy()
     return torch.stack([torch.from_numpy(ndimage.gaussian_filter(frame, sizes.patch_size / 2)) for frame in apart])
 
 

@@ -111,11 +111,36 @@ def _check_unit_range(values: np.ndarray, where: str) -> None:
         raise BadPicture(where, f"float values from {low:.4g} to {high:.4g}; they must be between 0 and 1")
 
 
-def _stored(image: Image.Image) -> str:
-    """How pixels are stored, as Pillow's tile says it: RGB;16B, ...; empty if it does not."""
-    stored = image.tile[0][3] if image.tile else None  # type: ignore[attr-defined]
-    stored = stored[0] if isinstance(stored, tuple) and stored else stored
-    return stored if isinstance(stored, str) else ""
+def stored_white(image: Image.Image) -> int | None:
+    """The value of white in the file of a picture that is not decoded yet, if it is above 255; 0 if channels have different
+    ones. None of other pictures. Pillow brings what is not `is_deep` down to 255."""
+    if not image.tile:  # type: ignore[attr-defined]
+        return None
+    codec, _, _, stored = image.tile[0]  # type: ignore[attr-defined]
+    stored = stored if isinstance(stored, tuple) else (stored,)
+    if codec == "SGI16" or (stored and isinstance(stored[0], str) and ";16" in stored[0]):
+        return 65535
+    white = None
+    if image.format == "PPM" and len(stored) == 2:
+        white = stored[1]
+    elif image.format == "JPEG2000":
+        whites = {2**bits - 1 for bits in _jpeg2000_bits(image)}
+        white = whites.pop() if len(whites) == 1 else 0 if max(whites, default=0) > 255 else None
+    return white if white == 0 or (white is not None and white > 255) else None
+
+
+def _jpeg2000_bits(image: Image.Image) -> list[int]:
+    """Of each channel, as the first segment of the codestream says, which Pillow reads of grey pictures alone."""
+    stream = image.fp  # type: ignore[attr-defined]
+    before = stream.tell()
+    stream.seek(0)
+    data = stream.read()
+    stream.seek(before)
+    start = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, whose fields are in ISO/IEC 15444-1, A.5.1
+    if start < 0:
+        return []
+    num_channels = int.from_bytes(data[start + 40 : start + 42], "big")
+    return [(size & 0x7F) + 1 for size in data[start + 42 : start + 42 + 3 * num_channels : 3]]
 
 
 _BITS = {"1": 1, "I": 32, "F": 32}  # of Pillow's modes; 8 in the others, unless 16 are stored
@@ -137,7 +162,8 @@ def header_of(stream: BinaryIO, where: str) -> Header:
             channels = shape[2] if len(shape) == 3 else 1
             return Header("NPY", f"{channels} channel{'s' * (channels != 1)}", 8 * kind.itemsize, shape[0], shape[1])
         with Image.open(stream, formats=_formats()) as image:
-            bits = 16 if ";16" in image.mode or ";16" in _stored(image) else _BITS.get(image.mode, 8)
+            is_16 = ";16" in image.mode or stored_white(image) is not None
+            bits = 16 if is_16 else _BITS.get(image.mode, 8)
             turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
             frames = getattr(image, "n_frames", 1)
             return Header(image.format or "", image.mode, bits, image.height, image.width, frames, turned)
@@ -171,7 +197,7 @@ def open_image(stream: BinaryIO) -> tuple[Image.Image, list[str]]:
     if num_frames > 1:
         notes.append(f"first of {num_frames} frames used")
     # Sixteen bits of colour become eight without a word.
-    if ";16" in _stored(image) and not image.mode.startswith("I"):
+    if stored_white(image) is not None and not is_deep(image):
         notes.append("16-bit colour read as 8-bit")
     return image, notes
 

@@ -202,7 +202,7 @@ class InpaintPipeline:
                 smooth_share=smooth_share,
                 on_step=None if callback_on_step_end is None else self._telling(callback_on_step_end),
             )
-            made += [original.painted(sample, painted.hole) for sample in painted.samples]
+            made += [original.painted(sample, painted.hole, painted.weights) for sample in painted.samples]
             disagreement.append(painted.disagreement()[0].numpy())
         images = _as(made, output_type)
         return InpaintOutput(images, disagreement) if return_dict else (images,)

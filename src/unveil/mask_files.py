@@ -1,16 +1,14 @@
 """Masks that are pictures: one for all, or a folder of them."""
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from unveil.decoding import BadPicture, open_image, telling
+from unveil.decoding import BadPicture
 from unveil.holes import NAMED_HOLES
-from unveil.originals import hole_of
+from unveil.originals import read_hole
 from unveil.sources import Source, open_source
 
 
@@ -69,11 +67,11 @@ class MaskFolder:
         data = self.source.encoded(number)
         if data is None:
             raise BadPicture(where, "is no mask picture")
-        with telling(where):
-            image, _ = open_image(io.BytesIO(data))
-            image.load()
         try:
-            return MaskPicture(_plain(where), _hole(image, "the mask", self.keep_white), fits=not self.by_name)
+            hole = _hole(data, where, "the mask", self.keep_white)
+            return MaskPicture(_plain(where), hole, fits=not self.by_name)
+        except BadPicture:
+            raise
         except ValueError as error:
             raise BadPicture(where, str(error)) from None
 
@@ -82,8 +80,8 @@ def _plain(where: str) -> str:
     return Path(where).with_suffix("").as_posix()
 
 
-def _hole(image: Image.Image, name: str, keep_white: bool) -> Tensor:
-    hole = torch.from_numpy(hole_of(image, name))
+def _hole(data: bytes, where: str, name: str, keep_white: bool) -> Tensor:
+    hole = torch.from_numpy(read_hole(data, where, name))
     return ~hole if keep_white else hole
 
 
@@ -93,16 +91,18 @@ def read_mask(path: str, keep_white: bool = False) -> MaskPicture:
     Raises:
         ValueError: there is no such file, or it is no mask.
     """
+    name = f"--mask {path!r}"
     try:
-        with Image.open(path) as image:
-            return MaskPicture(Path(path).stem, _hole(image, f"--mask {path!r}", keep_white), fits=False)
+        return MaskPicture(Path(path).stem, _hole(Path(path).read_bytes(), path, name, keep_white), fits=False)
     except FileNotFoundError:
-        names = ", ".join(f"{name}:SHARE" for name in NAMED_HOLES)
+        names = ", ".join(f"{known}:SHARE" for known in NAMED_HOLES)
         raise ValueError(
-            f"--mask {path!r} is neither {names}, nor a file or folder that exists. Give one of these, as in random:0.75."
+            f"{name} is neither {names}, nor a file or folder that exists. Give one of these, as in random:0.75."
         ) from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--mask {path!r} cannot be read as a picture ({error}).") from None
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read as a picture ({error}).") from None
+    except BadPicture as bad:
+        raise ValueError(f"{name} cannot be read as a picture ({bad.reason}).") from None
 
 
 def open_masks(path: str, pictures: Source | None, keep_white: bool = False) -> MaskPicture | MaskFolder:

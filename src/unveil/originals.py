@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unveil.checkpoint import write_atomically
-from unveil.decoding import NPY, BadPicture, deep_values, header_of, is_deep, load_array, open_image, telling
+from unveil.decoding import NPY, BadPicture, deep_values, is_deep, load_array, open_image, stored_white, telling
 
+STEM_BYTES = 200  # of the 255 that a file's name may have
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
 _TURNS = {  # EXIF's orientation: what brings (H, W, C) upright
     2: lambda x: x[:, ::-1],
@@ -72,26 +73,46 @@ class Original:
             )
         return torch.from_numpy(np.ascontiguousarray(found.transpose(3, 0, 1, 2)))
 
-    def painted(self, values: Tensor, hole: Tensor) -> "Original":
+    def painted(self, values: Tensor, hole: Tensor, weights: Tensor | None = None) -> "Original":
         """With new pixels in a hole, and all others as they are.
 
         Args:
             values: (C, T, H, W) in [0, 1], of a model of C channels; without alpha, what is painted is opaque.
             hole: (T, H, W) bool.
+            weights: how much of each value is painted, and not of what the model saw, (T, H, W) in [0, 1] and above 0 in the
+                hole. Colours and transparency that it did not see are blended in by these. None: all of it.
         """
         new = values.permute(1, 2, 3, 0).float().numpy()
-        num_colours = self.pixels.shape[-1] - self.has_alpha
+        channels, num_colours = new.shape[-1], self.pixels.shape[-1] - self.has_alpha
         opaque = np.ones_like(new[..., :1])
         if new.shape[-1] == 4 and num_colours in (1, 3):
             new, opaque = new[..., :3], new[..., 3:]
         if new.shape[-1] != num_colours:
             new = _as_colours(new, num_colours)
+        if weights is not None and channels != 4 and (self.has_alpha or channels != num_colours):
+            new, opaque = self._blended(new, channels, weights.numpy()[..., None])
         if self.has_alpha:
             new = np.concatenate([new, opaque], -1)
         if self.top > 1:
             new = np.rint(np.clip(new, 0, 1) * self.top)
         pixels = np.where(hole.numpy()[..., None], new.astype(self.pixels.dtype), self.pixels)
         return dataclasses.replace(self, pixels=pixels)
+
+    def _blended(self, new: np.ndarray, channels: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a model of 1 or 3 channels painted, with what it did not see of the picture: colours, and how opaque.
+
+        Args:
+            new: by weights from what the model saw to what it painted, (T, H, W, colours), over white.
+            weights: (T, H, W, 1).
+        """
+        values = self.pixels.astype(np.float32) / self.top
+        own, opaque = (values[..., :-1], values[..., -1:]) if self.has_alpha else (values, np.ones_like(weights))
+        over_white = own * opaque + (1 - opaque)
+        unseen = over_white - _as_colours(_as_colours(over_white, channels), own.shape[-1])
+        new = new + (1 - weights) * unseen
+        opaque = 1 - (1 - weights) * (1 - opaque)
+        # Off white again; outside the hole nothing may be there, and nothing is taken.
+        return np.clip((new - (1 - opaque)) / np.where(opaque > 0, opaque, 1), 0, 1), opaque
 
     def to_pillow(self) -> Image.Image:
         """One frame of 8 bits, or of one colour of 16 bits, as a Pillow picture.
@@ -113,8 +134,10 @@ class Original:
 
 
 def stem_of(where: str, taken: set[str]) -> str:
-    """The name of the files made of a picture: its own without the extension, or numbered if another one took that already."""
+    """The name of the files made of a picture: its own without the extension, or numbered if another one took that already; cut
+    off where no file system would have it with what is added."""
     plain = Path(where).with_suffix("").as_posix().replace("/", "_").replace(" ", "_")
+    plain = plain.encode(errors="surrogateescape")[:STEM_BYTES].decode(errors="ignore")
     stem, number = plain, 2
     while stem in taken:
         stem, number = f"{plain}_{number}", number + 1
@@ -160,19 +183,20 @@ def read_original(data: bytes, where: str) -> Original:
     """A picture from the bytes of its file: upright, its first frame.
 
     Raises:
-        BadPicture: it cannot be read, or has 16 bits of each colour and OpenCV is not installed.
+        BadPicture: it cannot be read, or only OpenCV reads or writes it, as 16 bits of each colour, and is not installed.
     """
     if data.startswith(NPY):
         values = load_array(io.BytesIO(data), where)
         values = values.astype(values.dtype.newbyteorder("="))
         return Original((values[:, :, None] if values.ndim == 2 else values)[None])
-    header = header_of(io.BytesIO(data), where)
-    if header.bits == 16 and not header.grey:
-        return _read_deep(data, where)
     with telling(where):
         image, notes = open_image(io.BytesIO(data))
+        if (white := stored_white(image)) is not None and not is_deep(image):
+            return _read_deep(data, image, white, where)
         ImageOps.exif_transpose(image, in_place=True)
         original = from_pillow(image, where)
+    if original.has_alpha and original.top == 65535:
+        _needed_cv(where, "Writing 16 bits with transparency")  # before it is painted
     return dataclasses.replace(original, notes=(*notes, *original.notes))
 
 
@@ -187,7 +211,11 @@ def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
         values = deep_values(image, where)
         if image.mode != "F":
             values = np.rint(values * 65535).astype(np.uint16)  # float32 tells every one of the 65,536 apart
-        return Original(values[None, :, :, None], False, profile)
+        values = values[:, :, None]
+        clear = image.info.get("transparency")  # a PNG's value that is not to be seen
+        if isinstance(clear, int) and values.dtype == np.uint16:
+            values = np.concatenate([values, np.where(values == clear, 0, 65535).astype(np.uint16)], -1)
+        return Original(values[None], values.shape[-1] == 2, profile)
     wanted, notes = image.mode, ()
     if wanted not in ("1", "L", "LA", "RGB", "RGBA"):
         wanted = "RGB"
@@ -203,7 +231,9 @@ def from_pillow(image: Image.Image, where: str = "the picture") -> Original:
 
 
 def hole_of(mask: Image.Image, name: str) -> np.ndarray:
-    """A mask picture as (H, W) bool: at least half white is True.
+    """A mask picture as (H, W) bool: at least half white is True; of a picture of one colour, at least half opaque.
+
+    Transparency is passed over in a picture of several colours.
 
     Args:
         name: what to call it in a message.
@@ -211,12 +241,40 @@ def hole_of(mask: Image.Image, name: str) -> np.ndarray:
     Raises:
         ValueError: it has something that is not black, and nothing that is white.
     """
-    values = deep_values(mask, name) if is_deep(mask) else np.array(mask.convert("L")) / np.float32(255)
+    values = deep_values(mask, name) if is_deep(mask) else _eight_bits(mask) / np.float32(255)
     if 0 < values.max() < 0.5:
         raise ValueError(
             f"{name} has no white: its brightest value is {255 * values.max():.3g} of 255. White is repainted."
         )
     return values >= 0.5
+
+
+def _eight_bits(mask: Image.Image) -> np.ndarray:
+    """How white a mask picture is, or how opaque if that is all that tells its pixels apart, (H, W) uint8."""
+    if mask.has_transparency_data:
+        *colours, opaque = mask.convert("RGBA").split()
+        if not any(map(_varies, colours)) and _varies(opaque):
+            return np.array(opaque)
+    return np.array(mask.convert("L"))
+
+
+def _varies(band: Image.Image) -> bool:
+    low, high = band.getextrema()
+    return low != high
+
+
+def read_hole(data: bytes, where: str, name: str) -> np.ndarray:
+    """`hole_of` of a mask picture from the bytes of its file, opened and turned as a picture is.
+
+    Raises:
+        BadPicture: it cannot be read.
+        ValueError: as `hole_of`.
+    """
+    with telling(where):
+        image, _ = open_image(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+    return hole_of(image, name)
 
 
 def _open_cv(what: str) -> Any:
@@ -229,24 +287,37 @@ def _open_cv(what: str) -> Any:
     return cv2
 
 
-def _read_deep(data: bytes, where: str) -> Original:
-    """A picture of 16 bits for each colour."""
+def _needed_cv(where: str, what: str) -> Any:
+    """OpenCV, without which a picture cannot be used."""
     try:
-        cv2 = _open_cv("Reading 16 bits of each colour")
+        return _open_cv(what)
     except ValueError as error:
         raise BadPicture(where, str(error)) from None
-    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def _read_deep(data: bytes, image: Image.Image, white: int, where: str) -> Original:
+    """A picture of more than 8 bits for each colour, brought to 16.
+
+    Args:
+        image: the same as Pillow opens it.
+        white: the largest value that its file may hold; 0 if that is another one in each channel.
+    """
+    cv2 = _needed_cv(where, "Reading 16 bits of each colour")
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if white else None
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise BadPicture(where, "has 16 bits of each colour, and OpenCV cannot read it; make it a PNG or one of 8 bits")
-    with telling(where):
-        image, _ = open_image(io.BytesIO(data))
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    notes = []
+    if white < 65535:  # which OpenCV leaves as they are
+        values = np.rint(np.minimum(values / white, 1) * 65535).astype(np.uint16)
+        notes.append(f"values up to {white} brought to 65535")
+    turn = _TURNS.get(image.getexif().get(0x0112, 1))
     if turn is not None:
         values = turn(values)
     code = cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB
     values = cv2.cvtColor(np.ascontiguousarray(values), code)
-    notes = ("its colour profile is not kept",) if image.info.get("icc_profile") else ()
-    return Original(values[None], values.shape[2] == 4, None, notes)
+    if image.info.get("icc_profile"):
+        notes.append("its colour profile is not kept")
+    return Original(values[None], values.shape[2] == 4, None, tuple(notes))
 
 
 def _deep_png(values: np.ndarray) -> bytes:

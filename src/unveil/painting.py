@@ -26,7 +26,8 @@ OnStep = Callable[[float, Callable[[], Tensor]], None]
 @dataclass(frozen=True)
 class Painted:
     """samples: (S, C, T, H, W). prediction: (C, T, H, W), what one step from the visible pixels gives, a mean. hole: (T, H, W),
-    where these differ from the input; larger than the mask if it was feathered.
+    where these differ from the input; larger than the mask if it was feathered, and then weights, (T, H, W), says how much of
+    what was painted is shown.
 
     Values in [0, 1]; pixels outside the hole equal the input.
     """
@@ -34,6 +35,7 @@ class Painted:
     samples: Tensor
     prediction: Tensor
     hole: Tensor
+    weights: Tensor | None = None
 
     def disagreement(self) -> Tensor:
         """How far the samples lie apart: their standard deviation as a mean over channels, (T, H, W); 0 of one sample."""
@@ -269,4 +271,4 @@ def paint(
     shown = canvas.clips
     if feather:
         shown = torch.where(weights < 1, torch.lerp(clip, shown, weights), shown)
-    return Painted(shown[:-1], shown[-1], hole)
+    return Painted(shown[:-1], shown[-1], hole, weights if feather else None)

@@ -1,7 +1,9 @@
 """Finding what does not belong in a picture, with a model that was trained on normal ones."""
 
 import csv
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,12 @@ from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import read_original, save_pixels, stem_of
 from unveil.painting import resize, resize_hole
 from unveil.report import contact_sheet, heat, save_png
+from unveil.sources import files_of
 
 GOOD = "good"  # MVTec's name of the normal pictures
 IN_SHEET = 12
 SHOWN_SIDE = 512  # of a heat map, at most
-Found = tuple[str, float, Tensor, Tensor, Tensor | None]  # place, score, map, picture to be shown, where the defect is
+SCORES, SHEET = "scores.csv", "sheet.png"  # in --out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,69 @@ def _layout(options: Anomaly) -> _Layout:
     normal = options.normal or (str(root / "train" / GOOD) if (root / "train" / GOOD).is_dir() else None)
     truth = root / "ground_truth"
     return _Layout(str(root / "test"), normal, truth if truth.is_dir() else None, True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One picture: its place below the folder, the name of its heat map, MVTec's kind or "", the score, the map (T, h, w) that
+    it is of, the picture as it is shown (C, T, H, W), and where its defect is (H, W), if that is known."""
+
+    where: str
+    file: str
+    kind: str
+    score: float
+    values: Tensor
+    clip: Tensor
+    truth: Tensor | None
+
+
+def _check_numbers(options: Anomaly, model: MaskedDiffusionAutoencoder) -> None:
+    """Refuse what no picture could be scored with, whether it comes to be used or not."""
+    ratio = options.mask_ratio
+    if ratio is not None and not 0 < ratio < 1:  # nor nan
+        raise ValueError(
+            f"--mask-ratio {ratio:g} is no share of the patches to hide. Give one between 0 and 1, as 0.75."
+        )
+    least = {"num-samples": (options.num_samples, 1), "num-steps": (options.num_steps, 1), "limit": (options.limit, 1)}
+    for name, (given, lowest) in {**least, "limit-normal": (options.limit_normal, 2)}.items():
+        if given is not None and given < lowest:
+            raise ValueError(f"--{name} {given}: ask for at least {lowest}.")
+    if model.schedule is not None:
+        model.schedule.times(options.num_steps)
+
+
+def _check_out(options: Anomaly, layout: _Layout, sources: list[Source], names: list[str]) -> None:
+    """Refuse a directory in which what is read would be overwritten, or be read as a picture the next time; then make it, and
+    see that it takes a file.
+
+    Args:
+        names: of the files that will be written.
+    """
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file. Name a directory for the results.")
+    real = out.resolve()
+    given = [(options.data, "pictures"), *([] if layout.normal is None else [(layout.normal, "normal pictures")])]
+    for data, what in given:
+        folder = Path(data).expanduser().resolve()
+        if folder.is_dir() and folder in (real, *real.parents):
+            raise ValueError(
+                f"--out {out} lies in the folder of {what}, and would be read as one of them. Choose another."
+            )
+    read = {os.path.realpath(Path(data).expanduser()) for data, _ in given}
+    read.update(*map(files_of, sources))
+    for name in names:
+        if os.path.realpath(out / name) in read:
+            raise ValueError(
+                f"--out {out}: its {name} is read here, and would be overwritten. Choose another directory."
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: no file can be written there ({error.strerror or error}). Choose another directory."
+        ) from None
 
 
 class _Scorer:
@@ -170,33 +236,27 @@ def anomaly(options: Anomaly, on_progress: Callable[[int, int], None] | None = N
         ValueError: no picture can be read, or the masks do not fit the model.
     """
     model, _ = load_model(options.run, pick_device(options.device))
-    if options.num_samples < 1:
-        raise ValueError(f"--num-samples {options.num_samples}: ask for at least 1.")
+    _check_numbers(options, model)
     layout, scorer = _layout(options), _Scorer(options, model)
     sizes = model.recipe.clip
     check_pixels(layout.tests, sizes)
     source = open_source(layout.tests, sizes.channels, sizes.frames)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file. Name a directory for the results.")
-    given = Path(options.data).expanduser().resolve()
-    if given.is_dir() and given in (options.out.resolve(), *options.out.resolve().parents):
-        raise ValueError(
-            f"--out {options.out} lies in the folder of pictures, and would be read as one of them. Choose another."
-        )
+    normal = None if layout.normal is None else open_source(layout.normal, sizes.channels, sizes.frames)
+    total = len(source) if options.limit is None else min(len(source), options.limit)
+    stems: set[str] = set()
+    files = [f"{stem_of(source.where(index), stems)}_heat.png" for index in range(total)]
+    _check_out(options, layout, [source] if normal is None else [source, normal], [SCORES, SHEET, *files])
     notices: list[str] = []
     usual_maps: list[Tensor] = []
     usual = None
-    if layout.normal is not None:
-        normal = open_source(layout.normal, sizes.channels, sizes.frames)
+    if normal is not None:
         for index, clip in scorer.pictures(normal, options.limit_normal, notices):
             usual_maps.append(scorer.map_of(clip, index, "normal"))
         if len(usual_maps) < 2:
             raise ValueError(f"{layout.normal} has {len(usual_maps)} normal pictures to read; two at least are needed.")
         usual = Usual.of(torch.stack(usual_maps))
     truths = _truth_masks(layout)
-    kinds: list[str] = []
-    found: list[Found] = []
-    total = len(source) if options.limit is None else min(len(source), options.limit)
+    found: list[_Found] = []
     for index, clip in scorer.pictures(source, options.limit, notices):
         where = source.where(index)
         values = scorer.map_of(clip, index, "test")
@@ -205,8 +265,7 @@ def anomaly(options: Anomaly, on_progress: Callable[[int, int], None] | None = N
         truth = truths.get(Path(where).with_suffix("").as_posix())
         if truth is None and layout.labelled and kind == GOOD and truths:
             truth = torch.zeros(clip.shape[-2:], dtype=torch.bool)
-        kinds.append(kind)
-        found.append((where, picture_score(values), values, _shown(clip), truth))
+        found.append(_Found(where, files[index], kind, picture_score(values), values, _shown(clip), truth))
         if on_progress is not None:
             on_progress(index + 1, total)
     if not found:
@@ -214,8 +273,8 @@ def anomaly(options: Anomaly, on_progress: Callable[[int, int], None] | None = N
     result: dict[str, Any] = {
         "out": str(options.out),
         "pictures": [
-            {"picture": where, "score": score, **({"kind": kind} if layout.labelled else {})}
-            for (where, score, *_), kind in zip(found, kinds, strict=True)
+            {"picture": one.where, "score": one.score, **({"kind": one.kind} if layout.labelled else {})}
+            for one in found
         ],
         "calibrated": len(usual_maps),
         "mask_ratio": scorer.mask_ratio,
@@ -223,47 +282,46 @@ def anomaly(options: Anomaly, on_progress: Callable[[int, int], None] | None = N
         "notices": notices,
     }
     if layout.labelled:
-        result["auroc"] = _areas(found, kinds)
+        result["auroc"] = _areas(found)
     return result
 
 
-def _areas(found: list[Found], kinds: list[str]) -> dict[str, float | dict[str, float | None] | None]:
-    scores, bad = np.array([score for _, score, *_ in found]), np.array([kind != GOOD for kind in kinds])
+def _areas(found: list[_Found]) -> dict[str, float | dict[str, float | None] | None]:
+    kinds = [one.kind for one in found]
+    scores, bad = np.array([one.score for one in found]), np.array([kind != GOOD for kind in kinds])
     each = {}
     for kind in sorted(set(kinds) - {GOOD}):
         rows = np.array([k in (kind, GOOD) for k in kinds])
         each[kind] = _area(bad[rows], scores[rows])
     areas: dict[str, float | dict[str, float | None] | None] = {"pictures": _area(bad, scores), "by_kind": each}
     # only of pictures whose defects are marked, and of good ones, at the model's size
-    pairs = [(values, resize_hole(t[None], *values.shape[-2:])) for _, _, values, _, t in found if t is not None]
+    marked = [(one.values, one.truth) for one in found if one.truth is not None]
+    pairs = [(values, resize_hole(truth[None], *values.shape[-2:])) for values, truth in marked]
     if pairs:
         values, truth = (torch.stack(list(part)).numpy().ravel() for part in zip(*pairs, strict=True))
         areas["pixels"] = _area(truth, values)
     return areas
 
 
-def _written(out: Path, found: list[Found]) -> dict[str, str]:
+def _written(out: Path, found: list[_Found]) -> dict[str, str]:
     """scores.csv, the highest first; a heat map for each picture, all on one scale; and a sheet of the first."""
-    order = sorted(found, key=lambda one: -one[1])
-    out.mkdir(parents=True, exist_ok=True)
+    order = sorted(found, key=lambda one: -one.score)
 
     def write(part: Path) -> None:
         with open(part, "w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
             table.writerow(["path", "score"])
-            table.writerows([where, f"{score:.6g}"] for where, score, *_ in order)
+            table.writerows([one.where, f"{one.score:.6g}"] for one in order)
 
-    write_atomically(out / "scores.csv", write)
-    low = statistics.median(values.median().item() for _, _, values, _, _ in found)
-    high = max(values.max().item() for _, _, values, _, _ in found)
+    write_atomically(out / SCORES, write)
+    low = statistics.median(one.values.median().item() for one in found)
+    high = max(one.values.max().item() for one in found)
     shown: dict[str, tuple[Tensor, Tensor]] = {}
-    stems: set[str] = set()
-    for where, _, values, clip, _ in order:
-        seen = _over(values, low, high, clip)
-        name = stem_of(where, stems)
-        save_pixels(out / f"{name}_heat.png", (seen.permute(1, 2, 3, 0) * 255).round().byte().numpy())
+    for one in order:
+        seen = _over(one.values, low, high, one.clip)
+        save_pixels(out / one.file, (seen.permute(1, 2, 3, 0) * 255).round().byte().numpy())
         if len(shown) < IN_SHEET:
-            shown[where] = (resize(clip, 128, 128), resize(seen, 128, 128))
+            shown[one.file] = (resize(one.clip, 128, 128), resize(seen, 128, 128))
     rows = [("the highest scores", [pair[0] for pair in shown.values()]), ("where", [p[1] for p in shown.values()])]
-    save_png(out / "sheet.png", contact_sheet(rows))
-    return {"scores": str(out / "scores.csv"), "sheet": str(out / "sheet.png")}
+    save_png(out / SHEET, contact_sheet(rows))
+    return {"scores": str(out / SCORES), "sheet": str(out / SHEET)}

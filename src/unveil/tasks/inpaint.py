@@ -221,12 +221,10 @@ def _saved(
     """Write one picture's files; what is to be seen of them, and their paths, by what they are."""
     views = {"masked": masked_view(clip[None], hole[None])[0], "prediction": painted.prediction}
     views |= {f"sample{s + 1}": sample for s, sample in enumerate(painted.samples)}
-    files = {
-        label: str(
-            original.painted(view, hole if label == "masked" else painted.hole).save(out / f"{stem}_{label}.png")
-        )
-        for label, view in views.items()
-    }
+    files = {}
+    for label, view in views.items():
+        where = (hole, None) if label == "masked" else (painted.hole, painted.weights)
+        files[label] = str(original.painted(view, *where).save(out / f"{stem}_{label}.png"))
     if len(painted.samples) > 1:
         apart = heat(painted.disagreement(), FAR_APART)
         views["disagreement"] = apart
