@@ -22,7 +22,7 @@ class Options:
     train: str
     """Training pictures: those of Tiny-ImageNet's first 100 classes for the model that is shipped."""
     out: Path = Path("runs/shipped")
-    epochs: int = 6
+    epochs: int = 4
     compile: bool = True
 
 
@@ -30,7 +30,7 @@ def main(options: Options) -> None:
     run = Pretrain(
         data=options.train,
         out=options.out,
-        size="Micro/8",
+        size="Nano/4",
         image_size="64",
         epochs=options.epochs,
         crop_scale=0.8,
