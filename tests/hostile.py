@@ -232,6 +232,10 @@ def requests(files: str) -> Iterator[Request]:
     yield Request("a component", "/gradio_api/component_server", "POST", b"{}")
     yield Request("another name", "/", headers={"Host": "evil.example"})
     yield Request("another page", "/gradio_api/call/repaint", "POST", b"{}", {"Origin": "http://evil.example"})
+    for host in ("[", "[::1", "]", "[]", "[x]", "localhost:port"):
+        yield Request(f"the name {host!r}", "/", headers={"Host": host})
+    for origin in ("http://[", "http://[::1", "//]", "http://[x]/", "http://a@b"):
+        yield Request(f"a page at {origin!r}", "/gradio_api/call/repaint", "POST", b"{}", {"Origin": origin})
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     yield Request("no multipart", "/gradio_api/upload", "POST", b"x", {"Content-Type": "text/plain"})
     yield Request("a broken multipart", "/gradio_api/upload", "POST", b"--x", multipart)

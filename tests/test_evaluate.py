@@ -148,6 +148,28 @@ def test_a_model_without_noise_has_no_samples(evaluate: Evaluate) -> None:
     assert result["scores"]["ssim"]["hole"].keys() == {"mean_fill", "prediction"}
 
 
+def test_pictures_that_cannot_be_read_are_told(evaluate: Evaluate, tmp_path: Path) -> None:
+    whole = evaluate(lpips="none")
+    assert not any("could not be used" in notice for notice in whole["notices"])
+    folder = tmp_path / "pictures"
+    for i in range(4):
+        (folder / f"9{i}.png").write_bytes(b"no picture")
+    (folder / "empty.png").touch()
+    result = evaluate(lpips="none")
+    assert (result["pictures"], result["scores"]) == (5, whole["scores"])
+    (notice,) = [notice for notice in result["notices"] if "could not be used" in notice]
+    assert notice.startswith(
+        f"Files of {folder} that could not be used: 5, as empty.png: empty file (0 bytes); 90.png: "
+    )
+    assert "91.png" in notice
+    assert "92.png" not in notice
+    assert evaluate(lpips="none", batch_size=1)["notices"] == result["notices"]  # also if none of a batch can be read
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"nothing to score\. Files of .* could not be used: 10, as empty\.png"):
+        evaluate()
+
+
 # LPIPS, or why not
 
 

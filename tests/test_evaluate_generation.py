@@ -337,15 +337,20 @@ def test_what_is_unusual_is_told(
         folder.mkdir(exist_ok=True)
         (made / f"{i:05d}.png").rename(folder / f"{i}.png")
     (made / "class0" / "broken.png").write_bytes(b"no picture")
+    (made / "class0" / "empty.png").touch()
+    (real / "damaged.png").write_bytes(b"no picture")
     monkeypatch.setattr(task, "SPLIT", 4)
     told = " ".join(quick(made, real)["notices"])
     assert "6 pictures and 6 of the reference are few: below some 10,000, FID and sFID are biased upward" in told
     assert "is sorted by class, and the Inception score is the mean over parts of 4" in told
-    assert "could not be used: 1, as class0/broken.png" in told
+    assert f"Files of {made} that could not be used: 2, as class0/broken.png: " in told
+    assert "; class0/empty.png: empty file (0 bytes)." in told
+    assert f"Files of {real} that could not be used: 1, as damaged.png: " in told
     assert "weights are not those that everybody has" in told
     few = quick(pictures(tmp_path / "few", 3), real)
     assert {"precision", "recall"}.isdisjoint(few["scores"])
     assert few["scores"]["kid"]["subset"] == 3
+    assert f"Files of {real} that could not be used: 1." in few["notices"]  # which one was seen when it was looked at
     assert any("Precision and recall need more than 3" in notice for notice in few["notices"])
 
 

@@ -148,11 +148,11 @@ def test_a_request_must_be_readable_and_short(folder: Path) -> None:
 def test_other_pages_and_names_are_refused(folder: Path) -> None:
     for name in (b"localhost", b"localhost:7860", b"[::1]:7860", b"127.0.0.1"):
         assert ask(folder, "/", headers=[(b"host", name)])[0] == 200
-    for name in (b"evil.example", b"127.0.0.1.evil.example", b""):
+    for name in (b"evil.example", b"127.0.0.1.evil.example", b"", b"[", b"[::1", b"[x]", b"\xbd]"):
         assert ask(folder, "/", headers=[(b"host", name)])[0] == 400
     assert ask(folder, "/", headers=[(b"host", b"my.machine")], host="0.0.0.0")[0] == 200
     assert ask(folder, "/", headers=[*HOST, (b"origin", b"http://127.0.0.1:7860")])[0] == 200
-    for origin in (b"http://evil.example", b"null", b"http://127.0.0.1:9999"):
+    for origin in (b"http://evil.example", b"null", b"http://127.0.0.1:9999", b"http://[", b"http://[::1", b"//]"):
         assert ask(folder, "/", headers=[*HOST, (b"origin", origin)])[0] == 403
     assert b"accept-encoding" not in ask(folder, "/", headers=[*HOST, (b"accept-encoding", b"br")])[2]["headers"]
 

@@ -208,7 +208,9 @@ def test_a_mask_by_name_hides_the_models_patches(tmp_path: Path) -> None:
 def test_a_repainting_tells_of_its_steps(tmp_path: Path) -> None:
     original = from_pillow(pillow_picture("RGB", (16, 16)))
     views: list[View] = []
-    asked = Repainting(original=original, hole=a_hole(16, 16), num_samples=3, num_steps=4)
+    hole = torch.zeros(16, 16, dtype=torch.bool)
+    hole[4:8, 4:12] = True  # whole patches: those of which it takes little are painted in steps of their own
+    asked = Repainting(original=original, hole=hole, num_samples=3, num_steps=4)
     page.repaint(run_of(), asked, "a.png", tmp_path, views.append)
     steps = [view.text for view in views if view.text.startswith("Step")]
     assert steps == ["Step 1 of 4", "Step 2 of 4", "Step 3 of 4", "Step 4 of 4"]  # of all samples together
@@ -245,6 +247,22 @@ def test_a_repainting_refuses(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             page.repaint(run_of(), Repainting(**{**given, **changed}), "a.png", tmp_path, deaf)
+    dots, side = torch.zeros(1200, 1200, dtype=torch.bool), 1200
+    dots[::8, ::8] = True  # a model of 16 pixels looks at each by itself
+    thin, row = Original(np.zeros((1, 1, 3000, 3), np.uint8)), torch.ones(1, 3000, dtype=torch.bool)
+    row[0, 0] = False
+    for shape, hole, sentence in (
+        (
+            Original(np.zeros((1, side, side, 3), np.uint8)),
+            dots,
+            r"The mask has 22,500 parts that lie apart, and the page",
+        ),
+        (thin, row, r"3,000 x 1 pixels and the model sees 16 x 16, so the picture is enlarged"),
+    ):
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match=sentence):
+            page.repaint(run_of(), Repainting(original=shape, hole=hole), "a.png", tmp_path, deaf)
+        assert time.monotonic() - begin < 10
     with pytest.raises(ValueError, match="cannot paint"):
         page.repaint(run_of("mae"), Repainting(**given), "a.png", tmp_path, deaf)
 

@@ -27,6 +27,7 @@ from unveil.report import heat, to_image
 from unveil.sampling import guidance
 from unveil.sources import as_text
 from unveil.transforms import fit
+from unveil.windows import num_parts
 
 SIDE = 1024  # pixels of the longer side of what is shown
 WATCHED = 512  # of what is shown at every step
@@ -35,6 +36,7 @@ MAX_STEPS, MAX_SAMPLES, MAX_MADE = 250, 8, 16
 MOST_PIXELS = (
     60e6  # of a picture's samples and its prediction together: 0.7 GB of colours, and as much again to work with
 )
+MAX_PARTS = 20_000  # of a mask: so many are put together to regions in a few seconds, in which nobody asks for the time
 BETWEEN = 0.15  # seconds at least from one view to the next
 
 
@@ -317,6 +319,12 @@ def repaint(run: Run, asked: Repainting, name: str, folder: Path, tell: Tell) ->
         )
     if not hole.any():
         raise ValueError("The mask hides nothing. Draw over what is to be repainted; in a mask's file that is white.")
+    clip_size = model.recipe.clip.height, model.recipe.clip.width
+    if not whole and (parts := num_parts(hole.any(0).numpy(), clip_size)) > MAX_PARTS:
+        raise ValueError(
+            f"The mask has {parts:,} parts that lie apart, and the page takes {MAX_PARTS:,}. Hide what is between them too, or "
+            "use `unveil inpaint`."
+        )
     begin = time.perf_counter()
     clip = original.seen(model.recipe.clip.channels)
     sampler = default_sampler(model)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,6 +43,14 @@ def _hosts(host: str) -> set[str] | None:
     """Names by which a server bound to `host` may be called; None for any. Another was made by somebody to point here."""
     loopback = {"localhost", "127.0.0.1", "::1"}
     return loopback if host in loopback else None
+
+
+def _split(address: str, refused: _Refused) -> SplitResult:
+    """The parts of an address, or `refused`: with a bracket that nothing closes it has none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise refused from None
 
 
 class Veil:
@@ -81,11 +89,13 @@ class Veil:
     async def _let_in(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
-            raise _Refused(400, "This page answers to the name localhost only.")
+        other_name = _Refused(400, "This page answers to the name localhost only.")
+        if self.hosts is not None and _split(f"//{host}", other_name).hostname not in self.hosts:
+            raise other_name
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).netloc != host:
-            raise _Refused(403, "Another page may not ask this one.")
+        other_page = _Refused(403, "Another page may not ask this one.")
+        if origin and _split(origin, other_page).netloc != host:
+            raise other_page
         path, method = scope["path"], scope["method"]
         allowed = {"GET": _ASKED, "HEAD": _ASKED, "POST": _TOLD}.get(method)
         if allowed is None or not allowed.fullmatch(path):

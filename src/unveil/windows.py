@@ -3,11 +3,20 @@
 Heights and widths are pixels; a hole is a (H, W) bool array, True where it is to be painted.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+MOST_ADDED = (
+    2**20
+)  # pixels by which a picture smaller than the model may be enlarged, but no less than so many windows and
+FEW_WINDOWS, MANY_WINDOWS = 4, 256  # no more: of a small model they are the time, as pixels are the memory
+
+_Square = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,24 @@ class Region:
         return slice(self.left, self.right)
 
 
-def _boxes(hole: np.ndarray, cell: int) -> np.ndarray:
-    """Boxes around parts of a hole that lie a cell or more apart: (n, 5), top, left, bottom, right and the longer side."""
+def _parts(hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int, int]:
+    """The parts of a hole that lie a cell, a quarter of a window, or more apart: cells' labels, a cell's side, and how many."""
+    cell = max(1, min(size) // 4)
     H, W = hole.shape
     padded = np.pad(hole, ((0, -H % cell), (0, -W % cell)))
     coarse = padded.reshape(padded.shape[0] // cell, cell, -1, cell).any((1, 3))
-    labels: np.ndarray = ndimage.label(coarse, structure=np.ones((3, 3)))[0]  # type: ignore[index]
+    labels, number = ndimage.label(coarse, structure=np.ones((3, 3)))  # type: ignore[misc]
+    return labels, cell, number
+
+
+def num_parts(hole: np.ndarray, size: tuple[int, int]) -> int:
+    """How many parts of a hole (H, W) `regions` looks at one by one, for a model of this height and width."""
+    return _parts(hole, size)[2]
+
+
+def _boxes(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes around a hole's parts: (n, 5), top, left, bottom, right and the longer side."""
+    labels, cell, _ = _parts(hole, size)
     boxes = []
     parts: list[tuple[slice, slice]] = ndimage.find_objects(labels)  # type: ignore[assignment]
     for rows, columns in parts:
@@ -48,13 +69,6 @@ def _boxes(hole: np.ndarray, cell: int) -> np.ndarray:
         y0, y1, x0, x1 = y[0], y[-1] + 1, x[0], x[-1] + 1
         boxes.append((top + y0, left + x0, top + y1, left + x1, max(y1 - y0, x1 - x0)))
     return np.array(boxes, dtype=np.int64).reshape(-1, 5)
-
-
-def _together(boxes: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The box around each of some and another; its side is the longer one of the two, as each hole has its own surroundings."""
-    return np.concatenate(
-        [np.minimum(boxes[..., :2], other[..., :2]), np.maximum(boxes[..., 2:], other[..., 2:])], axis=-1
-    )
 
 
 def _span(low: int, high: int, length: int, end: int) -> tuple[int, int]:
@@ -97,11 +111,107 @@ class _View:
         return Region(top, left, bottom, right, height, width)
 
 
+class _Reaches:
+    """Boxes, and which of them may be one region with another, found without asking all.
+
+    Two of them may only if the box around both is no longer than the longer reach of the two. So each is filed by its top left
+    corner in squares that are no shorter than its reach, on a plane with those that reach about as far.
+    """
+
+    def __init__(self, view: _View, boxes: np.ndarray) -> None:
+        self.view = view
+        self.edges = boxes * np.array([-1.0, -1.0, 1.0, 1.0, 1.0])  # of which those around two boxes are the maximum
+        self.needs = np.maximum(view.needs(boxes), view.least)
+        self.alive = np.ones(len(boxes), dtype=bool)
+        self.planes: dict[int, dict[_Square, set[int]]] = {}
+        self.places = [(0, (0, 0))] * len(boxes)
+        for i in range(len(boxes)):
+            self._file(i)
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """Those that are left, (n, 5), as they were given."""
+        return (np.abs(self.edges[self.alive])).astype(np.int64)
+
+    def _length(self, level: int) -> _Square:
+        """The height and width of a plane's squares: what its boxes reach, and a little against rounding."""
+        far = self.view.least * 2 ** (level + 1)
+        (height, width), (H, W) = self.view.size, self.view.shape
+        return min(math.ceil(height * far), H) + 1, min(math.ceil(width * far), W) + 1
+
+    def _file(self, i: int) -> None:
+        level = int(math.log2(float(self.needs[i]) / self.view.least))
+        height, width = self._length(level)
+        square = int(-self.edges[i, 0]) // height, int(-self.edges[i, 1]) // width
+        self.places[i] = level, square
+        self.planes.setdefault(level, {}).setdefault(square, set()).add(i)
+
+    def _take(self, i: int) -> None:
+        level, square = self.places[i]
+        self.planes[level][square].remove(i)
+        if not self.planes[level][square]:
+            del self.planes[level][square]
+
+    def _near(self, i: int) -> list[int]:
+        """The numbers of boxes that may fit to one, in their order."""
+        found: list[int] = []
+        top, left = int(-self.edges[i, 0]), int(-self.edges[i, 1])
+        height, width = self._length(self.places[i][0])
+        for level, plane in self.planes.items():
+            h, w = self._length(level)
+            far_y, far_x = max(h, height), max(w, width)
+            rows = range((top - far_y) // h, (top + far_y) // h + 1)
+            columns = range((left - far_x) // w, (left + far_x) // w + 1)
+            if len(rows) * len(columns) < len(plane):
+                squares = [plane[s] for s in itertools.product(rows, columns) if s in plane]
+            else:
+                squares = [held for (y, x), held in plane.items() if y in rows and x in columns]
+            for held in squares:
+                found.extend(held)
+        found.remove(i)
+        found.sort()
+        return found
+
+    def fitting(self, i: int) -> list[int]:
+        """The numbers of boxes that one window shows together with this one, in their order."""
+        near = np.array(self._near(i), dtype=np.int64)
+        both = np.maximum(self.edges[near], self.edges[i])
+        sides = both[:, 2:4] + both[:, :2] + 2 * self.view.context * both[:, 4:]
+        needs = (np.minimum(sides, self.view.shape) / self.view.size).max(1)
+        return near[needs <= np.maximum(self.needs[near], self.needs[i])].tolist()
+
+    def join(self, i: int, j: int) -> bool:
+        """Add box j to box i; whether that made box i another."""
+        both = np.maximum(self.edges[i], self.edges[j])
+        self._take(j)
+        self.alive[j] = False
+        if (both == self.edges[i]).all():
+            return False
+        self._take(i)
+        self.edges[i] = both
+        self.needs[i] = max(float(self.view.needs(np.abs(both))), self.view.least)
+        self._file(i)
+        return True
+
+
+def _joined(view: _View, boxes: np.ndarray) -> np.ndarray:
+    """Boxes, each joined with the first that one window shows together with it, until there is none."""
+    reaches = _Reaches(view, boxes)
+    for i in range(len(boxes)):
+        other = bool(reaches.alive[i])
+        while other:  # what two are together may fit to some that neither did
+            other = False
+            for j in reaches.fitting(i):
+                if other := reaches.join(i, j):
+                    break
+    return reaches.boxes
+
+
 def regions(hole: np.ndarray, size: tuple[int, int], context: float = 0.5, max_scale: float = 4.0) -> list[Region]:
     """The parts of a picture to paint one after another, so that each hole is seen with its surroundings.
 
     A region is cut out at the picture's own scale where a window of the model's size shows the hole with its surroundings, or
-    shrunk up to `max_scale` times if it must be; one that needs more is painted by several windows (`next_window`). A picture
+    shrunk up to `max_scale` times if it must be; one that needs more is painted by several windows (`Windows`). A picture
     smaller than the model's size is enlarged. Holes that one window shows together are one region.
 
     Args:
@@ -109,45 +219,81 @@ def regions(hole: np.ndarray, size: tuple[int, int], context: float = 0.5, max_s
         size: the model's height and width.
         context: surroundings on each side, in units of the hole's longer side.
         max_scale: at least 1.
+
+    Raises:
+        ValueError: the picture is so thin that its holes would be painted many times larger than they are.
     """
     view = _View(hole.shape, size, context, max_scale)
-    boxes = _boxes(hole, max(1, min(size) // 4))
-    i = 0
-    while i < len(boxes):
-        both = _together(boxes, boxes[i])
-        apart = np.maximum(np.maximum(view.needs(boxes), view.needs(boxes[i])), view.least)
-        fits = view.needs(both) <= np.maximum(apart, min(1.0, view.most))
-        fits[i] = False
-        if fits.any():  # what they are together may fit to others that one of them did not, so it is asked again
-            j = int(fits.argmax())
-            boxes[i] = both[j]
-            boxes = np.delete(boxes, j, axis=0)
-            i -= j < i
-        else:
-            i += 1
-    return [view.region(box) for box in boxes]
+    found = [view.region(box) for box in _joined(view, _boxes(hole, size))]
+    if view.least < 1:
+        _check_enlarged(found, hole.shape, size)
+    return found
 
 
-def _starts(length: int, window: int) -> list[int]:
+def _check_enlarged(found: list[Region], shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """Refuse regions that would be many pixels, though the picture has few: its size does not tell what it costs."""
+    painted = sum(region.height * region.width for region in found)
+    own = sum((region.bottom - region.top) * (region.right - region.left) for region in found)
+    window = size[0] * size[1]
+    most = min(max(MOST_ADDED, FEW_WINDOWS * window), MANY_WINDOWS * window)
+    if painted - own > most:
+        raise ValueError(
+            f"The picture has {shape[1]:,} x {shape[0]:,} pixels and the model sees {size[1]} x {size[0]}, so the picture is "
+            f"enlarged, and around its holes it would have {painted:,} pixels; at most {most:,} may be added. Hide less of it, "
+            "or crop it to a part that is less thin."
+        )
+
+
+def _starts(length: int, window: int) -> np.ndarray:
     """Where windows begin: every half window, and the last at the end."""
-    return sorted({*range(0, length - window, max(1, window // 2)), length - window})
+    return np.append(np.arange(0, length - window, max(1, window // 2)), length - window)
 
 
-def _counts(flags: np.ndarray, tops: list[int], lefts: list[int], size: tuple[int, int]) -> np.ndarray:
+def _counts(flags: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """How many flags each window holds, (tops, lefts)."""
-    sums = np.pad(flags.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    rows = sums[np.add(tops, size[0])] - sums[tops]
-    return rows[:, np.add(lefts, size[1])] - rows[:, lefts]
+    height, width = size
+    flags = flags.view(np.uint8)  # bytes are added many times faster than bools
+    bands = np.stack([flags[top : top + height].sum(0, dtype=np.uint16) for top in tops])  # no window has 65,536 rows
+    sums = np.pad(bands.cumsum(1, dtype=np.int64), ((0, 0), (1, 0)))
+    return sums[:, lefts + width] - sums[:, lefts]
+
+
+def _touching(starts: np.ndarray, begin: int, window: int) -> slice:
+    """Which windows share something with the one at `begin`."""
+    return slice(*np.searchsorted(starts, (begin - window + 1, begin + window)).tolist())
+
+
+class Windows:
+    """The windows of a region in which its hole is painted, one after another; each is taken for painted when the next is
+    asked for.
+
+    It is always one that touches what is left of the hole, and of those, the one that sees most beside it. So a hole that is
+    larger than a window is filled from its edge inwards.
+
+    Args:
+        hole: (H, W) bool.
+        size: the model's height and width; the hole's are no less.
+    """
+
+    def __init__(self, hole: np.ndarray, size: tuple[int, int]) -> None:
+        self._left, self._size = hole.copy(), size
+        self._tops, self._lefts = (_starts(length, ours) for length, ours in zip(hole.shape, size, strict=True))
+        self._counts = _counts(hole, self._tops, self._lefts, size)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        height, width = self._size
+        while self._counts.any():
+            touching = np.where(self._counts == 0, height * width + 1, self._counts)
+            i, j = divmod(int(touching.argmin()), touching.shape[1])
+            top, left = int(self._tops[i]), int(self._lefts[j])
+            yield slice(top, top + height), slice(left, left + width)
+            self._left[top : top + height, left : left + width] = False
+            rows, columns = _touching(self._tops, top, height), _touching(self._lefts, left, width)
+            tops, lefts = self._tops[rows], self._lefts[columns]
+            part = self._left[tops[0] : tops[-1] + height, lefts[0] : lefts[-1] + width]
+            self._counts[rows, columns] = _counts(part, tops - tops[0], lefts - lefts[0], self._size)
 
 
 def next_window(hole: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice] | None:
-    """Of the windows of a region that touch what is left of its hole, that which sees most beside it; None if none is left.
-
-    Painted one by one, a hole that is larger than a window is filled from its edge inwards.
-    """
-    tops, lefts = (_starts(length, ours) for length, ours in zip(hole.shape, size, strict=True))
-    left = _counts(hole, tops, lefts, size)
-    if not left.any():
-        return None
-    i, j = np.unravel_index(np.where(left == 0, size[0] * size[1] + 1, left).argmin(), left.shape)
-    return slice(tops[i], tops[i] + size[0]), slice(lefts[j], lefts[j] + size[1])
+    """The first of `Windows`; None if nothing is left of the hole."""
+    return next(iter(Windows(hole, size)), None)

@@ -21,8 +21,10 @@ from unveil.metrics import hole_mse, laplacian_energy, mean_interval, psnr
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.painting import resize_hole
 from unveil.pipeline import Sampler, default_sampler, predict, repaint
+from unveil.sources import as_text
 
 FILLINGS = ("mean_fill", "prediction", "sample", "best_sample", "sample_mean")
+NAMED = 3  # of the files that could not be used
 RESIZE = "antialiased bicubic, so that the picture just covers it, and a centre crop; none if it has that size"
 
 
@@ -249,8 +251,10 @@ def evaluate_inpainting(
     samples = Samples(source, clip, seed=0, training=None)
     loader = batches(samples, options.batch_size, 0, 0, shuffle=False, drop_last=False, num_workers=0)
     parts: list[dict[str, Tensor]] = []
+    skipped = list(source.skipped)
     done = 0
     for batch in loader:
+        skipped += batch.problems
         if batch.values is None:
             continue
         take = min(len(batch.indices), options.limit - done)
@@ -279,8 +283,12 @@ def evaluate_inpainting(
             on_progress(done, min(options.limit, len(samples)))
         if done >= options.limit:
             break
+    if skipped:
+        some = "; ".join(f"{as_text(bad.where)}: {bad.reason}" for bad in skipped[:NAMED])
+        notices.append(f"Files of {options.data} that could not be used: {len(skipped)}, as {some}.")
     if not done:
-        raise ValueError(f"No picture of {options.data} can be read, so there is nothing to score.")
+        told = " ".join(notices[-1:] if skipped else [])
+        raise ValueError(f"No picture of {options.data} can be read, so there is nothing to score. {told}".rstrip())
     figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     fillings = [name for name in FILLINGS if name in figures]
     result: dict[str, Any] = {"pictures": done, "mask": options.mask, "num_samples": options.num_samples}

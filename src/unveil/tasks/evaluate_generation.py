@@ -25,11 +25,13 @@ from unveil.inception import (
 )
 from unveil.metric_weights import FromWeights, find_weights_of
 from unveil.metrics import gaussian_distance
-from unveil.picture_sets import SAMPLES, PictureSet, arrays_of, is_npz, open_pictures
+from unveil.picture_sets import SAMPLES, FromSource, PictureSet, arrays_of, is_npz, open_pictures
+from unveil.sources import as_text
 
 ENOUGH = 10_000  # pictures below which FID says more of their number than of what they show
 NEIGHBOURS = 3  # of precision and recall: ADM's
 KID_SUBSET = 1_000  # torch-fidelity's
+NAMED = 3  # of the files that could not be used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +83,46 @@ def _of_one_size(pictures: PictureSet, size: tuple[int, int]) -> Iterator[tuple[
 
 def _reference(
     options: EvaluateGeneration, inception: Inception, size: tuple[int, int], on_progress: Callable[[int, int], None]
-) -> Reference:
-    """What is compared with; on_progress is told the pictures looked at and their number, if there are any to look at."""
+) -> tuple[Reference, list[str]]:
+    """What is compared with, and what to tell of its files; on_progress is told the pictures looked at and their number, if
+    there are any to look at."""
     folder = (options.cache or statistics_folder()).expanduser()
 
     def looked_at(pictures: PictureSet) -> Reference:
         return look_at_reference(inception, pictures, size, folder, options.batch_size, options.seed, on_progress)
 
     if not is_npz(options.reference):
-        return looked_at(open_pictures(options.reference))
+        pictures = open_pictures(options.reference)
+        reference = looked_at(pictures)
+        return reference, _unusable(pictures, len(pictures) if reference.n is None else reference.n)
     path = Path(options.reference).expanduser()
     names = arrays_of(path)
     if not {"mu", "sigma"} <= names:
-        return looked_at(open_pictures(options.reference))
+        return looked_at(open_pictures(options.reference)), []
     given = read_reference(path, inception)
     if given.kept is not None or SAMPLES not in names:
-        return given
+        return given, []
     # ADM's reference batches: statistics of all training pictures, and 10,000 pictures for precision and recall
     some = looked_at(open_pictures(options.reference))
-    return Reference(given.pooled, given.spatial, given.n, some.kept, some.file, some.reused, some.resized)
+    return Reference(given.pooled, given.spatial, given.n, some.kept, some.file, some.reused, some.resized), []
+
+
+def _unusable(pictures: PictureSet, used: int) -> list[str]:
+    """What to tell of files that are no pictures, or could not be read.
+
+    used: how many of the pictures could. Of a reference that was looked at earlier nobody knows which the others are.
+    """
+    # `unveil generate --npz` writes the same pictures beside them once more
+    opened = (
+        [bad for bad in pictures.source.skipped if not bad.where.endswith(".npz")]
+        if isinstance(pictures, FromSource)
+        else []
+    )
+    number = len(opened) + len(pictures) - used
+    if not number:
+        return []
+    some = "; ".join(f"{as_text(bad.where)}: {bad.reason}" for bad in [*pictures.skipped, *opened][:NAMED])
+    return [f"Files of {pictures.name} that could not be used: {number}{', as ' if some else ''}{some}."]
 
 
 def inception_score(logits: Tensor) -> float:
@@ -168,7 +191,7 @@ def evaluate_generation(
             on_progress(before + done, before + len(images))
 
     # The reference first, so that what is wrong with it is told before thousands of pictures are looked at.
-    reference = _reference(options, inception, size, tell_reference)
+    reference, notices = _reference(options, inception, size, tell_reference)
     looked = look(inception, _of_one_size(images, size), options.batch_size, lambda number: True, tell)
 
     scores: dict[str, Any] = {"fid": gaussian_distance(looked.pooled, reference.pooled)}
@@ -194,7 +217,11 @@ def evaluate_generation(
         "scores": scores,
         "statistics": None if reference.file is None else str(reference.file),
         "statistics_reused": reference.reused,
-        "notices": _notices(options, images, size, looked.n, reference, weights.published),
+        "notices": [
+            *_unusable(images, looked.n),
+            *notices,
+            *_notices(options, images, size, looked.n, reference, weights.published),
+        ],
     }
 
 
@@ -211,11 +238,6 @@ def _notices(
         notices.append(
             f"The network's weights are not those that everybody has (sha256 {INCEPTION.sha256}...), so these numbers compare "
             "among themselves alone."
-        )
-    if images.skipped:
-        first = images.skipped[0]
-        notices.append(
-            f"Files of {images.name} that could not be used: {len(images.skipped)}, as {first.where}: {first.reason}."
         )
     few = [
         f"{count:,} {what}"
