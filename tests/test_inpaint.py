@@ -194,6 +194,19 @@ def test_a_picture_does_not_depend_on_its_company(tmp_path: Path, run_of: Callab
     assert not np.array_equal(read(first["files"]["sample1"]), read(second["files"]["sample1"]))
 
 
+def test_a_scratch_that_is_filled_smoothly_is_told(tmp_path: Path, run_of: Callable[..., Path]) -> None:
+    source, hole = picture(tmp_path / "in.png"), np.zeros((16, 16), dtype=bool)
+    hole[5] = True
+    options: dict[str, Any] = {"mask": mask(tmp_path / "m.png", hole)}
+    result = go(run_of(), source, tmp_path / "out", **options)
+    assert any("filled smoothly, and the samples are alike. --smooth-share 0" in notice for notice in result["notices"])
+    files = result["pictures"][0]["files"]
+    assert np.array_equal(read(files["sample1"]), read(files["sample2"]))
+    result = go(run_of(), source, tmp_path / "out", **options, smooth_share=0.0)
+    assert not result["notices"]
+    assert not np.array_equal(*(read(result["pictures"][0]["files"][label]) for label in ("sample1", "sample2")))
+
+
 def test_long_names_are_cut_off(tmp_path: Path, run_of: Callable[..., Path]) -> None:
     for end in ("a", "b", "ä" * 20):
         picture(tmp_path / "in" / f"{'n' * 210}{end}.png")
@@ -473,7 +486,7 @@ def test_masks_of_a_folder_belong_to_the_pictures_of_their_names(
 ) -> None:
     holes = {"b.png": hole_of(20, 30), "a.png": hole_of(16, 16), "c.png": hole_of(5, 5), "other.png": hole_of(7, 7)}
     pictures, masks = pairs({"a.png": (16, 16), "b.bmp": (20, 30), "c.png": (16, 16), "d.png": (16, 16)}, holes)
-    result = go(run_of(), pictures, tmp_path / "out", mask=masks)
+    result = go(run_of(), pictures, tmp_path / "out", mask=masks, smooth_share=0.0)
     assert [(made["picture"], made["mask"]) for made in result["pictures"]] == [("a.png", "a"), ("b.bmp", "b")]
     for changed, name in zip(painted_where(result, pictures), ("a.png", "b.png"), strict=True):
         assert np.array_equal(changed, holes[name])
@@ -519,7 +532,7 @@ def test_every_picture_with_every_mask(tmp_path: Path, run_of: Callable[..., Pat
 def test_white_may_be_what_is_kept(tmp_path: Path, run_of: Callable[..., Path]) -> None:
     hole = hole_of(16, 16)
     source, path = picture(tmp_path / "in.png"), mask(tmp_path / "m.png", ~hole)
-    result = go(run_of(), source, tmp_path / "out", mask=path, keep_white=True)
+    result = go(run_of(), source, tmp_path / "out", mask=path, keep_white=True, smooth_share=0.0)
     assert np.array_equal((read(result["pictures"][0]["files"]["sample1"]) != read(source)).any(-1), hole)
     assert not result["notices"]
     other = go(run_of(), source, tmp_path / "out", mask=path)

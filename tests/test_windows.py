@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from unveil import windows
-from unveil.windows import MOST_ADDED, Region, Windows, next_window, num_parts, regions
+from unveil.windows import MOST_ADDED, Region, Windows, num_parts, regions
 
 
 def holes(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -84,7 +84,7 @@ def test_a_large_hole_is_filled_from_its_edge_inwards() -> None:
     hole = one(200, 240, (30, 30, 170, 210))
     left, steps = hole.copy(), 0
     shares = []
-    while (window := next_window(left, (64, 64))) is not None:
+    for window in Windows(hole, (64, 64)):
         shares.append(float(1 - left[window].mean()))
         assert left[window].any()
         left[window] = False
@@ -161,7 +161,7 @@ def test_windows_are_those_of_a_new_count_each_time(seed: int) -> None:
                 view = slice(top, top + size[0]), slice(begin, begin + size[1])
                 if 0 < (found := int(left[view].sum())) < count:
                     window, count = view, found
-        assert next_window(left, size) == next(given, None) == window
+        assert next(given, None) == window
         if window is None:
             break
         left[window] = False

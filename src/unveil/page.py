@@ -320,7 +320,7 @@ def repaint(run: Run, asked: Repainting, name: str, folder: Path, tell: Tell) ->
     if not hole.any():
         raise ValueError("The mask hides nothing. Draw over what is to be repainted; in a mask's file that is white.")
     clip_size = model.recipe.clip.height, model.recipe.clip.width
-    if not whole and (parts := num_parts(hole.any(0).numpy(), clip_size)) > MAX_PARTS:
+    if seen is None and (parts := num_parts(hole.any(0).numpy(), clip_size)) > MAX_PARTS:
         raise ValueError(
             f"The mask has {parts:,} parts that lie apart, and the page takes {MAX_PARTS:,}. Hide what is between them too, or "
             "use `unveil inpaint`."
@@ -340,6 +340,10 @@ def repaint(run: Run, asked: Repainting, name: str, folder: Path, tell: Tell) ->
         seen=seen,
         on_step=_Steps(num_steps, float(model.schedule.end) if resampled and model.schedule else None, tell),
     )
+    if num_samples > 1 and not painted.disagreement().any():
+        notes.append(
+            "The hole takes so little of the model's patches that it was filled smoothly: the samples are alike."
+        )
     tell(View("Writing the pictures"))
     pictures, apart = _written(original, hole.expand(T, -1, -1), painted, folder, _stem(name))
     seconds = time.perf_counter() - begin

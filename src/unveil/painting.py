@@ -16,7 +16,7 @@ from unveil.config import Clip
 from unveil.holes import named_holes, parse_named, strokes
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.pipeline import SMOOTH_SHARE, Sampler, Step, default_sampler, predict, repaint
-from unveil.windows import Region, next_window, regions
+from unveil.windows import Region, Windows, regions
 
 FAR_APART = 0.3  # a disagreement, in units of the range, that is shown as the brightest
 
@@ -231,7 +231,7 @@ def paint(
         On the CPU.
 
     Raises:
-        ValueError: as `unveil.pipeline.repaint`.
+        ValueError: as `unveil.pipeline.repaint`, and `unveil.windows.regions`.
     """
     if not (context >= 0 and max_scale >= 1):
         raise ValueError(f"context={context:g} must be at least 0, and max_scale={max_scale:g} at least 1.")
@@ -257,7 +257,7 @@ def paint(
             height, width = region.bottom - region.top, region.right - region.left
             region = dataclasses.replace(region, height=max(size[0], height), width=max(size[1], width))
             clips, left = canvas.take(region)
-        while (window := next_window(left.any(0).numpy(), size)) is not None:
+        for window in Windows(left.any(0).numpy(), size):
             if known and left[(..., *window)].all() and "generate" not in model.can:
                 raise ValueError(
                     f"With context={context:g} and feather={feather} the model would see nothing but the hole. Give more "

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from unveil.decoding import NPY, BadPicture, header_of, open_image, telling
-from unveil.originals import Original, hole_of, read_original
+from unveil.originals import Original, read_hole, read_original
 from unveil.painting import resize_hole
 
 MEMORY = 2 * 2**30  # bytes beyond what the process has when it starts
@@ -106,12 +106,9 @@ def _read_picture(data: bytes, name: str, max_pixels: int) -> Original:
 def _read_mask(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     _check(data, name, max_pixels)
     try:
-        with telling(name):
-            image, _ = open_image(io.BytesIO(data))
-            image.load()
+        return read_hole(data, name, name)
     except BadPicture as bad:
         raise _reason(name, bad, max_pixels) from None
-    return hole_of(image, name)
 
 
 def _processes() -> Any:

@@ -292,8 +292,3 @@ class Windows:
             tops, lefts = self._tops[rows], self._lefts[columns]
             part = self._left[tops[0] : tops[-1] + height, lefts[0] : lefts[-1] + width]
             self._counts[rows, columns] = _counts(part, tops - tops[0], lefts - lefts[0], self._size)
-
-
-def next_window(hole: np.ndarray, size: tuple[int, int]) -> tuple[slice, slice] | None:
-    """The first of `Windows`; None if nothing is left of the hole."""
-    return next(iter(Windows(hole, size)), None)
