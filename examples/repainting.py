@@ -2,15 +2,16 @@
 pixels by replacement, and a diffusion U-Net that is told of the mask.
 
     pip install ".[compare]"
-    python examples/repainting.py --train "tiny/train-*.parquet" --test tiny/val.parquet --image-size 64 --size Micro/8 \
-        --masks masks_irregular --out runs/repainting/tiny
+    python examples/repainting.py --train "tiny/train-*.parquet" --test tiny/val.parquet --image-size 64 --size Nano/4 \
+        --epochs 4 --masks masks_irregular --out runs/repainting/tiny
     python examples/repainting.py --train cifar10/train.parquet --test cifar10/test.parquet --image-size 32 --size Micro/4 \
         --masks masks_irregular --out runs/repainting/cifar10
 
 Every network sees the same kind of masks while it trains, random:0.75. MAE has DiffMAE's encoder and decoder, and sees as many
 pictures; DiT and UMD get DiffMAE's arithmetic, and the U-Net its seconds. All rows fill the same holes of the same test
 pictures, and are compared with the truth by decibels in the hole and by a classifier's features (the distance of LPIPS,
-without its weights). Stopped or killed, the same command goes on; what is finished is skipped. Several may share a
+without its weights), and as a set with other pictures by the same features (KID): of many right answers one alone is the truth,
+so the first two prefer the mean, the third what looks like a picture. Stopped or killed, the same command goes on; what is finished is skipped. Several may share a
 directory, with arms of their own.
 """
 
@@ -302,8 +303,7 @@ def rows_of(options: Options) -> dict[str, tuple[Fill, int]]:
             rows[f"{name}, replacement, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=1), S)
             rows[f"{name}, RePaint, 50 steps"] = (by_model(model, "ddpm", 50, num_resamples=10, jump_length=10), 1)
     if "unet" in trained_ones:
-        for steps in (20, 100):
-            rows[f"U-Net, {steps} steps"] = (by_unet(options.out / "unet" / "unet.pt", options.image_size, steps), S)
+        rows["U-Net, 20 steps"] = (by_unet(options.out / "unet" / "unet.pt", options.image_size, 20), S)
     return rows
 
 
@@ -329,7 +329,17 @@ def told(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "ci95": 1.96 * values.std().item() / math.sqrt(len(values))}
 
 
-def scored(fill: Fill, num_samples: int, clips: Tensor, holes: Tensor, judge: Judge) -> tuple[dict[str, Any], Tensor]:
+def kernel_distance(judge: Judge, filled: Tensor, others: Tensor) -> float:
+    """How far the filled pictures are from as many others as a set: KID (arXiv 1801.01401), in the classifier's features."""
+    from torchmetrics.image.kid import poly_mmd  # type: ignore[import-not-found]
+
+    ours, theirs = (judge_pictures(judge, clips[:, :, 0]).features.double() for clips in (filled, others))
+    return poly_mmd(theirs, ours).item()
+
+
+def scored(
+    fill: Fill, num_samples: int, clips: Tensor, others: Tensor, holes: Tensor, judge: Judge
+) -> tuple[dict[str, Any], Tensor]:
     begin = cpu_seconds()
     parts = [range(len(clips))[i : i + 64] for i in range(0, len(clips), 64)]
     samples = torch.cat([fill(clips[p.start : p.stop], holes[p.start : p.stop], p, num_samples) for p in parts])
@@ -342,6 +352,7 @@ def scored(fill: Fill, num_samples: int, clips: Tensor, holes: Tensor, judge: Ju
         "feature_distance": told(
             torch.stack([feature_distance(judge, samples[:, s], clips) for s in range(samples.shape[1])]).mean(0)
         ),
+        "kernel_distance": kernel_distance(judge, samples[:, 0], others),
         "sharpness": (sharp.sum() / laplacian_energy(clips, holes).sum()).item(),
         "samples": samples.shape[1],
         "cpu_seconds_a_sample": seconds / len(clips) / samples.shape[1],
@@ -349,22 +360,23 @@ def scored(fill: Fill, num_samples: int, clips: Tensor, holes: Tensor, judge: Ju
     return result, samples[:12, 0]
 
 
-def test_pictures(options: Options) -> tuple[Tensor, dict[str, Tensor]]:
-    """The pictures, and holes of each kind for them; picture i takes an irregular mask drawn by its number."""
+def test_pictures(options: Options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The pictures, as many others, and holes of each kind; picture i takes an irregular mask drawn by its number."""
     clip = recipe_of("diffmae", options).clip
     samples = Samples(open_source(options.test, 3), clip, seed=0, training=None)
-    clips = next(iter(batches(samples, options.limit, 0, 0, shuffle=False, drop_last=False, num_workers=0))).clips()
+    several = iter(batches(samples, options.limit, 0, 0, shuffle=False, drop_last=False, num_workers=0))
+    clips, others = next(several).clips(), next(several).clips()
     holes = {mask: named_holes(clip, mask, range(len(clips)), seed=0) for mask in ("random:0.75", "center:0.25")}
     folder = MaskFolder(open_source(str(options.masks), 1), False, ())
     order = torch.randperm(len(folder), generator=draws.generator(0, "masks")).tolist()
     holes["irregular"] = torch.stack(
         [resize_hole(folder.read(order[i % len(order)]).hole[None], clip.height, clip.width) for i in range(len(clips))]
     )
-    return clips, holes
+    return clips, others, holes
 
 
 def score(options: Options, results: Results) -> None:
-    clips, kinds = test_pictures(options)
+    clips, others, kinds = test_pictures(options)
     judge, _ = load_judge(options.out / "judge.safetensors")
     for mask, holes in kinds.items():
         sheet = [("truth", list(clips[:12])), (f"hidden, {mask}", list(masked_view(clips[:12], holes[:12])))]
@@ -374,7 +386,7 @@ def score(options: Options, results: Results) -> None:
             def make(
                 fill: Fill = fill, num: int = num_samples, holes: Tensor = holes, kept: Path = kept
             ) -> dict[str, Any]:
-                figures, few = scored(fill, num, clips, holes, judge)
+                figures, few = scored(fill, num, clips, others, holes, judge)
                 kept.parent.mkdir(exist_ok=True)
                 torch.save(few, kept)
                 return figures
@@ -416,9 +428,9 @@ def table(values: dict[str, Any]) -> str:
     for mask, rows in values.items():
         lines += [
             "",
-            f"| {mask} | samples | dB of one | dB of their mean | feature distance | sharpness | CPU s a sample |",
+            f"| {mask} | samples | dB of one | dB of their mean | feature distance | KID, x 100 | sharpness | CPU s a sample |",
         ]
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append("|---|---|---|---|---|---|---|---|")
         for name, r in rows.items():
             several = "steps" in name  # otherwise there is one answer
             mean = r["psnr_of_the_mean"]["mean"]
@@ -428,6 +440,7 @@ def table(values: dict[str, Any]) -> str:
                 f"{r['psnr_of_a_sample']['mean']:.2f} ± {r['psnr_of_a_sample']['ci95']:.2f}",
                 f"{mean:.2f}" if r["samples"] > 1 else "",
                 f"{r['feature_distance']['mean']:.3f} ± {r['feature_distance']['ci95']:.3f}",
+                f"{100 * r['kernel_distance']:.1f}",
                 f"{r['sharpness']:.2f}",
                 f"{r['cpu_seconds_a_sample']:.3f}",
             ]

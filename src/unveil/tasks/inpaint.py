@@ -293,8 +293,8 @@ def inpaint(options: Inpaint, on_progress: Callable[[int, int], None] | None = N
             continue
         if share and num_samples > 1 and not painted.disagreement().any():
             notices.append(
-                f"{where}: the mask takes at most {options.smooth_share:.0%} of the model's patches, so it was filled smoothly, "
-                "and the samples are alike. --smooth-share 0 has it painted."
+                f"{where}: the mask takes at most {options.smooth_share:.0%} of the model's patches, so it was filled "
+                "smoothly, and the samples are alike. --smooth-share 0 has it painted."
             )
         name = Path(where).with_suffix("").as_posix()
         stem = stem_of(f"{name}_{mask}.png" if options.each_mask else where, stems)
