@@ -10,9 +10,9 @@ pixels by replacement, and a diffusion U-Net that is told of the mask.
 Every network sees the same kind of masks while it trains, random:0.75. MAE has DiffMAE's encoder and decoder, and sees as many
 pictures; DiT and UMD get DiffMAE's arithmetic, and the U-Net its seconds. All rows fill the same holes of the same test
 pictures, and are compared with the truth by decibels in the hole and by a classifier's features (the distance of LPIPS,
-without its weights), and as a set with other pictures by the same features (KID): of many right answers one alone is the truth,
-so the first two prefer the mean, the third what looks like a picture. Stopped or killed, the same command goes on; what is finished is skipped. Several may share a
-directory, with arms of their own.
+without its weights), and as a set with other pictures by the same features (KID): of many right answers one alone is the
+truth, so the first two prefer the mean, the third what looks like a picture. Stopped or killed, the same command goes on;
+what is finished is skipped. Several may share a directory, with arms of their own.
 """
 
 import dataclasses
