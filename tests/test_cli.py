@@ -620,7 +620,7 @@ NEW = "{tmp}/new"
         ("inpaint --run {run} --images digits --out {tmp}/new --mask random:1", ["hides everything"]),
         ("inpaint --run {run} --images digits --out {tmp}/new --mask blob", ["--mask 'blob' is neither"]),
         ("inpaint --run {run} --images digits --out {tmp}/new --num-steps 0", ["num_steps=0", "1 to 1000"]),
-        ("inpaint --run {run} --images digits --out {tmp}/new --num-samples 0", ["num_samples=0"]),
+        ("inpaint --run {run} --images digits --out {tmp}/new --num-samples 0", ["--num-samples 0"]),
         ("inpaint --run {run} --images digits --out {tmp}/new --limit 0", ["--limit 0"]),
         ("inpaint --run {run} --images digits --out {tmp}/new --device gpu", ["--device gpu cannot be used"]),
         ("inpaint --run {run} --images {tmp}/none --out {tmp}/new", ["There is no data"]),

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy import sparse
-from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
 from unveil import draws
@@ -145,6 +143,9 @@ def filled_smoothly(clips: Tensor, holes: Tensor, part: Tensor) -> Tensor:
 
     From every pixel of the part, a pixel outside the holes must be within reach through the part.
     """
+    from scipy import sparse  # not needed to train
+    from scipy.sparse import linalg
+
     filled = clips.clone()
     for i, (hole, inside) in enumerate(zip(holes.cpu().numpy(), part.cpu().numpy(), strict=True)):
         places = np.argwhere(inside)
@@ -165,6 +166,6 @@ def filled_smoothly(clips: Tensor, holes: Tensor, part: Tensor) -> Tensor:
             pairs.append((here[ours], number[near][ours]))
         rows, columns = (np.concatenate(side) for side in zip(*pairs, strict=True))
         between = sparse.csc_array((np.ones(len(rows)), (rows, columns)), shape=(n, n))
-        solved = sparse_linalg.spsolve((sparse.diags_array(degree) - between).tocsc(), sums).reshape(n, -1)
+        solved = linalg.spsolve((sparse.diags_array(degree) - between).tocsc(), sums).reshape(n, -1)
         filled[i][:, torch.from_numpy(inside)] = torch.from_numpy(solved.T).to(filled)
     return filled

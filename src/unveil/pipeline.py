@@ -67,14 +67,19 @@ def _check_whole(model: AnyModel) -> None:
         )
 
 
-def _check(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor) -> None:
-    """Refuse a model that cannot paint, and a mask that does not fit."""
+def check_can_paint(model: MaskedDiffusionAutoencoder) -> None:
+    """Refuse a model that cannot."""
     _check_whole(model)
     if not model.can & {"repaint", "generate"}:
         raise ValueError(
             f"This {model.recipe.name} predicts patch-normalised values, whose brightness and contrast are unknown, so it "
             "cannot paint. Pre-train mae_raw or diffmae to repaint."
         )
+
+
+def _check(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor) -> None:
+    """Refuse a model that cannot paint, and a mask that does not fit."""
+    check_can_paint(model)
     if holes.shape != (len(clips), *clips.shape[2:]) or holes.dtype != torch.bool:
         raise ValueError(
             f"The mask is {tuple(holes.shape)} of {holes.dtype} for clips of {tuple(clips.shape)}; give "

@@ -16,7 +16,7 @@ from unveil.mask_files import MaskFolder, MaskPicture, open_masks
 from unveil.model import MaskedDiffusionAutoencoder
 from unveil.originals import Original, read_original, save_pixels, stem_of
 from unveil.painting import FAR_APART, Painted, named_hole, paint, resize, resize_hole
-from unveil.pipeline import SMOOTH_SHARE, Sampler
+from unveil.pipeline import SMOOTH_SHARE, Sampler, check_can_paint
 from unveil.report import contact_sheet, heat, save_png, to_image
 
 CHAIN_SIDE, CHAIN_FRAMES = 320, 60  # of an animation, at most
@@ -117,7 +117,10 @@ class _Job:
         self.options, self.source, self.model = options, source, model
         self.masks: MaskPicture | MaskFolder | None = None
         if options.mask.partition(":")[0] in NAMED_HOLES:
-            parse_named(options.mask)
+            if parse_named(options.mask)[1] == 1 and "generate" not in model.can:
+                raise ValueError(
+                    f"--mask {options.mask} hides everything, but this {model.recipe.name} needs some of the picture to go by."
+                )
         else:
             self.masks = open_masks(options.mask, None if options.each_mask else source, options.keep_white)
         folder = isinstance(self.masks, MaskFolder)
@@ -194,6 +197,7 @@ def _opened(options: Inpaint) -> _Job:
             raise ValueError(f"--{name} {number}: ask for at least one.")
     if not 0 <= options.smooth_share <= 1:
         raise ValueError(f"--smooth-share {options.smooth_share}: give a share of a patch, from 0 to 1.")
+    check_can_paint(model)
     if model.schedule is not None:
         model.schedule.times(options.num_steps)  # which refuses impossible ones
     if options.out.exists() and not options.out.is_dir():
