@@ -45,7 +45,7 @@ from unveil.pipeline import RowNoise, Sampler, predict, repaint
 from unveil.recipe import Recipe
 from unveil.report import contact_sheet, save_png
 from unveil.sampling import dpmpp_2m
-from unveil.schedule import make_schedule, x0_from_eps
+from unveil.schedule import make_schedule
 from unveil.tasks.pretrain import Pretrain, pretrain
 
 Arm = Literal["diffmae", "mae_raw", "dit", "umd", "unet", "judge"]
@@ -121,7 +121,10 @@ def cpu_seconds() -> float:
 
 
 def train_unet(options: Options, budget: float) -> dict[str, Any]:
-    """eps on diffusers' linear schedule, for as many seconds of the processor as DiffMAE took, told by the first steps."""
+    """x0 on diffusers' linear schedule, for as many seconds of the processor as DiffMAE took, told by the first steps.
+
+    As DiffMAE it predicts x0: from eps the colours at large t are lost, and samples had 10 dB.
+    """
     from diffusers import DDPMScheduler  # type: ignore[attr-defined]
 
     recipe = recipe_of("diffmae", options)
@@ -158,7 +161,7 @@ def train_unet(options: Options, budget: float) -> dict[str, Any]:
         t = torch.randint(1000, (len(x),), generator=generator)
         noisy = schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
         guess = model(torch.cat([noisy, x * (1 - hole), hole], 1), t).sample
-        loss = (F.mse_loss(guess, noise, reduction="none") * hole).sum() / hole.sum() / 3
+        loss = (F.mse_loss(guess, x, reduction="none") * hole).sum() / hole.sum() / 3
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (min(1.0, step / 100) if step < 120 else lr_factor(step, steps, 100))
         optimizer.zero_grad()
@@ -270,7 +273,8 @@ def by_unet(file: Path, image_size: int, num_steps: int) -> Fill:
 
             def denoise(x_t: Tensor, t: float) -> Tensor:
                 k = torch.full((len(x_t),), int(t) - 1)
-                return x0_from_eps(x_t, model(torch.cat([x_t, told], 1), k).sample, *schedule.rates(t)).clamp(-1, 1)
+                x0 = model(torch.cat([x_t, told], 1), k).sample.clamp(-1, 1)
+                return torch.where(holes, x0, x)  # outside the hole it was never trained
 
             painted = dpmpp_2m(denoise, start, schedule, schedule.times(num_steps))
             made.append(torch.where(holes[:, None], (painted[:, :, None] + 1) / 2, clips))
