@@ -24,6 +24,12 @@ def some() -> Tensor:
     return holes
 
 
+def scratch() -> Tensor:
+    holes = all_of(False)
+    holes[..., 5, :] = True
+    return holes
+
+
 CAN = {
     "represent": {"mae", "mae video", "mae_video", "mae_video images"},
     "represent repaint": {
@@ -73,6 +79,8 @@ def test_can(variant: str) -> None:
         ("diffmae", some(), {"num_steps": 0}, "num_steps=0, but the schedule has 1000 times"),
         ("diffmae", some(), {"num_steps": 1001}, "Use 1 to 1000 steps"),
         ("diffmae", some(), {"sampler": "ddmp"}, "Did you mean 'ddpm'?"),
+        ("diffmae", some(), {"smooth_share": 1.5}, "smooth_share=1.5; give a share of a patch"),
+        ("diffmae all hidden", scratch(), {}, "it makes whole pictures and cannot go by a visible part"),
         ("umd", some(), {"num_steps": 1001}, "Use 1 to 1000 steps"),
         ("umd_flow", some(), {"num_steps": 0}, "num_steps=0"),
         ("umd", some().float(), {}, "The mask is (2, 1, 16, 16) of torch.float32"),
@@ -215,8 +223,7 @@ def test_patches_that_a_hole_hardly_takes_are_seen_filled_smoothly(variant: str)
 def test_a_scratch_is_filled_smoothly_and_nothing_is_asked_of_the_model(variant: str) -> None:
     """But of a model that goes by pixels."""
     model = build(small_variant(variant))
-    clips, holes = clips_for(model.recipe), all_of(False)
-    holes[..., 5, :] = True
+    clips, holes = clips_for(model.recipe), scratch()
     steps = []
     made = repaint(model, clips, holes, num_steps=2, on_step=steps.append)
     smooth = (clips[..., 4, :] + clips[..., 6, :]) / 2

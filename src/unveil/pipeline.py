@@ -158,6 +158,10 @@ def _watch(
 
 def _smoothed(model: MaskedDiffusionAutoencoder, clips: Tensor, holes: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The clips with that part of their holes filled which is not worth hiding its tokens, and the rest of the holes."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"smooth_share={share:g}; give a share of a patch, from 0 to 1.")
+    if "repaint" not in model.can:  # which the rest of a hole must be told, too
+        return clips, holes
     part = hardly_touched(holes, model.recipe.clip, share)
     return (filled_smoothly(clips, holes, part), holes & ~part) if part.any() else (clips, holes)
 
