@@ -406,24 +406,29 @@ def draw_curve(rows: dict[str, Any], file: Path) -> None:
     """What more steps of DiffMAE are worth, in seconds and in quality; the others as marks."""
     from matplotlib.figure import Figure
 
-    figure = Figure((11, 4), layout="constrained")
+    figure = Figure((15, 4), layout="constrained")
     lines = [name for name in rows if name.startswith("DiffMAE") and name.endswith("steps")]
-    others = [name for name in rows if name not in lines and rows[name]["sharpness"] > 0.001]
+    others = [name for name in rows if name not in lines and name != "mean colour"]
     kinds = {
         "psnr_of_a_sample": "decibels of a sample (more is better)",
         "feature_distance": "feature distance (less is better)",
+        "kernel_distance": "KID (less is better)",
     }
-    for axes, (key, label) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
-        x, y = ([rows[name][k] for name in lines] for k in ("cpu_seconds_a_sample", key))
-        axes.errorbar(
-            x, [v["mean"] for v in y], [v["ci95"] for v in y], marker="o", capsize=3, label="DiffMAE, DPM-Solver++"
-        )
-        for name, a, b in zip(lines, x, y, strict=True):
-            axes.annotate(name.split()[1], (a, b["mean"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+
+    def value(name: str, key: str) -> tuple[float, float]:
+        found = rows[name][key]
+        return (found["mean"], found["ci95"]) if isinstance(found, dict) else (found, 0.0)
+
+    for axes, (key, label) in zip(figure.subplots(1, 3), kinds.items(), strict=True):
+        x = [rows[name]["cpu_seconds_a_sample"] for name in lines]
+        y, error = zip(*(value(name, key) for name in lines), strict=True)
+        axes.errorbar(x, y, error, marker="o", capsize=3, label="DiffMAE, DPM-Solver++")
+        for name, *place in zip(lines, x, y, strict=True):
+            axes.annotate(name.split()[1], place, textcoords="offset points", xytext=(5, 5), fontsize=8)
         for name in others:
-            axes.plot(rows[name]["cpu_seconds_a_sample"], rows[name][key]["mean"], "x", label=name)
+            axes.plot(rows[name]["cpu_seconds_a_sample"], value(name, key)[0], "x", label=name)
         axes.set(xscale="log", xlabel="seconds of the processor for one sample", ylabel=label)
-    figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
 
 
